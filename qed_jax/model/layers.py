@@ -1,0 +1,61 @@
+"""RMSNorm, rotary positions, embedding init: the small arithmetic of Qwen3."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def einsum(equation: str, *operands, out_dtype=None):
+  """jnp.einsum; float32 operands are multiplied in full float32 on every backend.
+
+  TPUs and GPUs otherwise round float32 operands to bf16 or TF32, which breaks parity checks.
+  """
+  full = all(x.dtype in (jnp.float32, jnp.float64) for x in operands)
+  return jnp.einsum(
+    equation,
+    *operands,
+    precision=jax.lax.Precision.HIGHEST if full else None,
+    preferred_element_type=out_dtype,
+  )
+
+
+def at_least_float32(dtype):
+  """The type for norms, softmax and logits: float32, or float64 when computing in it."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def rms_norm(x, weight, eps: float):
+  """x / rms(x) * weight over the last axis, computed in float32, returned in x.dtype."""
+  wide = x.astype(at_least_float32(x.dtype))
+  scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+  weight = jnp.expand_dims(weight.astype(wide.dtype), tuple(range(wide.ndim - 1)))
+  return (wide * scale * weight).astype(x.dtype)
+
+
+def rope_angles(positions_BT, head_dim: int, theta: float, dtype=jnp.float32):
+  """cos, sin [B, T, 1, H/2] of the rotary angles.
+
+  The inverse frequencies are float32 from the host, as transformers computes them: at positions
+  past 32k a last-bit difference there would show in the logits.
+  """
+  exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+  inverse_frequency = np.float32(1.0) / np.power(np.float32(theta), exponent)
+  angle = positions_BT.astype(jnp.float32)[:, :, None, None] * inverse_frequency
+  return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+
+
+def rope(x_BTNH, cos, sin):
+  """Rotate pairs (i, i + H/2): the layout of Hugging Face's `rotate_half`."""
+  wide = x_BTNH.astype(cos.dtype)
+  low, high = jnp.split(wide, 2, axis=-1)
+  return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], -1).astype(x_BTNH.dtype)
+
+
+def segment_starts(segments_BT):
+  """start_BT int32: index of the first token of each token's segment.
+
+  A packed row in one vector: token t sees s when start[t] <= s <= t. Padding is a segment too.
+  """
+  changed_BT = segments_BT != jnp.pad(segments_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+  index_BT = jax.lax.broadcasted_iota(jnp.int32, segments_BT.shape, 1)
+  return jax.lax.cummax(jnp.where(changed_BT, index_BT, 0), axis=1)

@@ -1,0 +1,328 @@
+"""Qwen3 in Flax NNX: one table of dimensions, layers stacked and scanned, HF's arithmetic.
+
+Parameters are a nested dict whose paths and memory order are Hugging Face's, projections [out, in] with
+the heads split out and the layers stacked in front; `DIMS` says it all and is read by the
+initialiser, by the shardings and by convert.py. Training, prefill and decode run the same blocks
+and differ in the `attend` function they pass in.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qed_jax.model import kv_cache as kv
+from qed_jax.model.attention import attention, cache_attention
+from qed_jax.model.layers import (
+  at_least_float32,
+  einsum,
+  rms_norm,
+  rope,
+  rope_angles,
+  segment_starts,
+)
+from qed_jax.sharding import constrain
+
+DIMS = {
+  "embed_tokens": "VD",
+  "layers.input_layernorm": "LD",
+  "layers.self_attn.q_proj": "LNHD",
+  "layers.self_attn.k_proj": "LKHD",
+  "layers.self_attn.v_proj": "LKHD",
+  "layers.self_attn.o_proj": "LDNH",
+  "layers.self_attn.q_norm": "LH",
+  "layers.self_attn.k_norm": "LH",
+  "layers.post_attention_layernorm": "LD",
+  "layers.mlp.gate_proj": "LFD",
+  "layers.mlp.up_proj": "LFD",
+  "layers.mlp.down_proj": "LDF",
+  "norm": "D",
+  "lm_head": "VD",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3Config:
+  """Sizes under Hugging Face's names, and three choices of how to compute.
+
+  dtype: of activations and matrix products; norms, rope, softmax and logits are float32.
+  remat: what the backward pass keeps of a layer: "none" (all), "dots" (matrix products), "layer"
+    (its input only). attention: an implementation named in model/attention.py.
+  """
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  rope_theta: float
+  max_position: int
+  rms_norm_eps: float
+  tie_word_embeddings: bool
+  dtype: str
+  remat: str
+  attention: str
+
+
+def shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
+  """Path -> shape, for every parameter that this model has."""
+  size = {
+    "V": config.vocab_size,
+    "D": config.hidden_size,
+    "F": config.intermediate_size,
+    "L": config.num_layers,
+    "N": config.num_heads,
+    "K": config.num_kv_heads,
+    "H": config.head_dim,
+  }
+  paths = [p for p in DIMS if p != "lm_head" or not config.tie_word_embeddings]
+  return {path: tuple(size[d] for d in DIMS[path]) for path in paths}
+
+
+def flatten(params: dict) -> dict:
+  """Nested dict -> {"layers.mlp.up_proj": leaf}."""
+  return {
+    ".".join(p.key for p in path): x for path, x in jax.tree_util.tree_leaves_with_path(params)
+  }
+
+
+def unflatten(leaves: dict) -> dict:
+  """The inverse of `flatten`."""
+  tree: dict = {}
+  for path, leaf in leaves.items():
+    *parents, name = path.split(".")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = leaf
+  return tree
+
+
+def _param(config: Qwen3Config, rngs: nnx.Rngs, path: str) -> nnx.Param:
+  """Norm scales are ones; projections normal / sqrt(inputs); the embedding normal * 0.02."""
+  shape, key = shapes(config)[path], rngs.params()
+  if path.endswith("norm"):
+    return nnx.Param(jnp.ones(shape, jnp.float32))
+  if path in ("embed_tokens", "lm_head"):
+    scale = 0.02
+  else:
+    inputs = {"D": config.hidden_size, "H": config.num_heads * config.head_dim}
+    scale = inputs.get(DIMS[path][-1], config.intermediate_size) ** -0.5
+  return nnx.Param(scale * jax.random.normal(key, shape, jnp.float32))
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention with RMSNorm on each query and key head before RoPE."""
+
+  def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
+    self.config = config
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
+      setattr(self, name, _param(config, rngs, f"layers.self_attn.{name}"))
+
+  def __call__(self, x_BTD, angles, attend):
+    dtype, eps = x_BTD.dtype, self.config.rms_norm_eps
+    q_BTNH = constrain(einsum("BTD,NHD->BTNH", x_BTD, self.q_proj[...].astype(dtype)), "BTNH")
+    k_BTKH = constrain(einsum("BTD,KHD->BTKH", x_BTD, self.k_proj[...].astype(dtype)), "BTKH")
+    v_BTKH = constrain(einsum("BTD,KHD->BTKH", x_BTD, self.v_proj[...].astype(dtype)), "BTKH")
+    q_BTNH = rope(rms_norm(q_BTNH, self.q_norm[...], eps), *angles)
+    k_BTKH = rope(rms_norm(k_BTKH, self.k_norm[...], eps), *angles)
+    o_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
+    o_BTNH = constrain(o_BTNH, "BTNH")
+    return einsum("BTNH,DNH->BTD", o_BTNH, self.o_proj[...].astype(dtype)), kept
+
+
+class MLP(nnx.Module):
+  """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+  def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
+    for name in ("gate_proj", "up_proj", "down_proj"):
+      setattr(self, name, _param(config, rngs, f"layers.mlp.{name}"))
+
+  def __call__(self, x_BTD):
+    dtype = x_BTD.dtype
+    gate_BTF = constrain(einsum("BTD,FD->BTF", x_BTD, self.gate_proj[...].astype(dtype)), "BTF")
+    up_BTF = constrain(einsum("BTD,FD->BTF", x_BTD, self.up_proj[...].astype(dtype)), "BTF")
+    return einsum("BTF,DF->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_proj[...].astype(dtype))
+
+
+class Block(nnx.Module):
+  """Pre-norm transformer block. Its parameters hold all layers, stacked in front."""
+
+  def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
+    self.config = config
+    self.input_layernorm = _param(config, rngs, "layers.input_layernorm")
+    self.self_attn = Attention(config, rngs)
+    self.post_attention_layernorm = _param(config, rngs, "layers.post_attention_layernorm")
+    self.mlp = MLP(config, rngs)
+
+  def __call__(self, x_BTD, angles, attend):
+    eps = self.config.rms_norm_eps
+    mixed_BTD, kept = self.self_attn(
+      rms_norm(x_BTD, self.input_layernorm[...], eps), angles, attend
+    )
+    x_BTD = constrain(x_BTD + mixed_BTD, "BTD")
+    x_BTD = x_BTD + self.mlp(rms_norm(x_BTD, self.post_attention_layernorm[...], eps))
+    return constrain(x_BTD, "BTD"), kept
+
+
+class Qwen3(nnx.Module):
+  """Embedding, the scanned blocks, final norm; the head is `logits`, so that it can be chunked."""
+
+  def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
+    self.config = config
+    self.embed_tokens = _param(config, rngs, "embed_tokens")
+    self.layers = Block(config, rngs)
+    self.norm = _param(config, rngs, "norm")
+    if not config.tie_word_embeddings:
+      self.lm_head = _param(config, rngs, "lm_head")
+
+  def __call__(self, tokens_BT, positions_BT, attend, carry=None, unroll=1):
+    """Tokens -> final hidden states.
+
+    attend(q_BTNH, k_BTKH, v_BTKH, carry, layer) -> (o_BTNH, carry, kept) is called once a layer; the
+    carry goes from layer to layer (the KV cache in decode), what is kept is stacked by layer.
+    Returns x_BTD, carry, kept_L.
+    """
+    config = self.config
+    x_BTD = self.embed_tokens[...].astype(config.dtype)[tokens_BT]
+    x_BTD = constrain(x_BTD, "BTD")
+    wide = at_least_float32(config.dtype)
+    angles = rope_angles(positions_BT, config.head_dim, config.rope_theta, wide)
+    graph, stacked = nnx.split(self.layers)
+
+    def layer(state, weights):
+      x_BTD, carry, index = state
+
+      def attend_here(q_BTNH, k_BTKH, v_BTKH):
+        o_BTNH, new_carry, kept = attend(q_BTNH, k_BTKH, v_BTKH, carry, index)
+        return o_BTNH, (new_carry, kept)
+
+      x_BTD, (carry, kept) = nnx.merge(graph, weights)(x_BTD, angles, attend_here)
+      return (x_BTD, carry, index + 1), kept
+
+    if config.remat != "none":
+      layer = jax.checkpoint(layer, policy=REMAT[config.remat], prevent_cse=False)
+    state = (x_BTD, carry, jnp.int32(0))
+    (x_BTD, carry, _), kept_L = jax.lax.scan(layer, state, stacked, unroll=unroll)
+    return rms_norm(x_BTD, self.norm[...], config.rms_norm_eps), carry, kept_L
+
+  def head(self):
+    """[V, D]: the tied embedding or the separate head."""
+    return (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head)[...]
+
+  def logits(self, x):
+    """x [..., D] -> float32 logits [..., V]."""
+    wide = at_least_float32(self.config.dtype)
+    return einsum("...D,VD->...V", x, self.head().astype(x.dtype), out_dtype=wide)
+
+
+REMAT = {
+  "layer": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@functools.lru_cache(maxsize=64)
+def _graph(config: Qwen3Config):
+  return nnx.split(nnx.eval_shape(lambda: Qwen3(config, nnx.Rngs(0))))
+
+
+def bind(config: Qwen3Config, params: dict) -> Qwen3:
+  """The NNX module around a params dict."""
+  graph, abstract = _graph(config)
+  state = jax.tree.map(lambda x: x, abstract)
+  nnx.replace_by_pure_dict(state, params)
+  return nnx.merge(graph, state)
+
+
+def init_params(config: Qwen3Config, key, param_dtype) -> dict:
+  """Random parameters; jit it with out_shardings to make them where they live."""
+  state = nnx.state(Qwen3(config, nnx.Rngs(params=key)))
+  return jax.tree.map(lambda x: x.astype(param_dtype), nnx.to_pure_dict(state))
+
+
+def hidden(config: Qwen3Config, params: dict, tokens_BT, positions_BT, segments_BT):
+  """Final hidden states x_BTD of packed rows; tokens see their own segment's past only."""
+  start_BT = segment_starts(segments_BT)
+
+  def attend(q_BTNH, k_BTKH, v_BTKH, carry, layer):
+    return attention(q_BTNH, k_BTKH, v_BTKH, start_BT, config.attention), carry, None
+
+  return bind(config, params)(tokens_BT, positions_BT, attend)[0]
+
+
+def logits(config: Qwen3Config, params: dict, x):
+  """Hidden states [..., D] -> float32 logits [..., V]."""
+  return bind(config, params).logits(x)
+
+
+def score(config: Qwen3Config, params: dict, batch, temperature: float, chunk: int):
+  """Log-probability of every token of a Batch, and the entropy of its distribution.
+
+  Both are float32 [B, T], of logits / temperature, aligned at the target: 0 at the first token of a
+  segment and on padding. The vocabulary is visited `chunk` tokens of a row at a time, forward and
+  backward, so that no [T, V] array exists.
+  """
+  model = bind(config, params)
+  x_BTD = hidden(config, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
+  x_BTD = constrain(x_BTD, "B_D")
+  B, T, D = x_BTD.shape
+  target_BT = jnp.roll(batch.tokens_BT, -1, axis=1)
+  chunk = min(chunk, T)
+  pad = -T % chunk
+
+  def split(x):
+    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
+
+  @jax.checkpoint
+  def score_chunk(inputs):
+    x_BCD, target_BC = inputs
+    z_BCV = constrain(model.logits(x_BCD), "BCV") / temperature
+    lse_BC = jax.nn.logsumexp(z_BCV, axis=-1)
+    hit_BCV = jax.lax.broadcasted_iota(jnp.int32, z_BCV.shape, 2) == target_BC[..., None]
+    logp_BC = jnp.sum(jnp.where(hit_BCV, z_BCV, 0), axis=-1) - lse_BC
+    p_BCV = jnp.exp(z_BCV - lse_BC[..., None])
+    return logp_BC, lse_BC - jnp.sum(p_BCV * z_BCV, axis=-1)
+
+  def join(x_nBC):
+    x_BT = jnp.moveaxis(x_nBC, 0, 1).reshape(B, T + pad)[:, :T]
+    x_BT = jnp.pad(x_BT, ((0, 0), (1, 0)))[:, :-1]
+    previous_BT = jnp.pad(batch.segments_BT, ((0, 0), (1, 0)))[:, :-1]
+    scored_BT = (batch.segments_BT == previous_BT) & (batch.segments_BT > 0)
+    return jnp.where(scored_BT, x_BT, 0)
+
+  logp, entropy = jax.lax.map(score_chunk, (split(x_BTD), split(target_BT)))
+  return join(logp), join(entropy)
+
+
+def prefill(config: Qwen3Config, params: dict, tokens_PT):
+  """Prompts, padded on the right -> (x_PTD, k_LPTKH, v_LPTKH).
+
+  Padding comes after the prompt and is overwritten by what is decoded, so it needs no mask.
+  """
+  T = tokens_PT.shape[1]
+  positions_PT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens_PT.shape)
+  start_PT = jnp.zeros_like(positions_PT)
+
+  def attend(q_BTNH, k_BTKH, v_BTKH, carry, layer):
+    o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, start_PT, config.attention)
+    return o_BTNH, carry, (k_BTKH, v_BTKH)
+
+  x_PTD, _, (k_LPTKH, v_LPTKH) = bind(config, params)(tokens_PT, positions_PT, attend)
+  return x_PTD, k_LPTKH, v_LPTKH
+
+
+def decode(config: Qwen3Config, params: dict, tokens_BT, positions_BT, kv_cache, unroll=1):
+  """New tokens of every slot -> (x_BTD, kv_cache with them appended)."""
+
+  def attend(q_BTNH, k_BTKH, v_BTKH, kv_cache, layer):
+    kv_cache = kv.append(kv_cache, layer, k_BTKH, v_BTKH, positions_BT)
+    return cache_attention(q_BTNH, kv_cache, layer, positions_BT), kv_cache, None
+
+  x_BTD, kv_cache, _ = bind(config, params)(tokens_BT, positions_BT, attend, kv_cache, unroll)
+  return x_BTD, kv_cache

@@ -1,0 +1,98 @@
+"""The mesh, the dimension letters and the two rule tables: the only file that names a mesh axis.
+
+One alphabet serves einsum subscripts, array name suffixes and sharding:
+
+  B rows of a batch          D model width            L layers
+  T tokens, query side       F MLP hidden width       C chunk of T in the scored loss
+  S tokens, key side         V vocabulary             P problems (groups)
+  N query heads  K key/value heads  G = N / K  H head dimension  A attempts per group
+
+An array of letters "BTNH" is laid out by looking each letter up in a table. A mesh axis is used once
+an array: heads, MLP, and vocabulary claim `tensor` before T does, so T is sharded over `tensor`
+exactly between the blocks, where the residual stream is [B, T, D] (sequence parallelism).
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+WEIGHTS = {"D": ("fsdp",), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
+ACTIVATIONS = {
+  "B": ("data", "fsdp"),
+  "N": ("tensor",),
+  "K": ("tensor",),
+  "F": ("tensor",),
+  "V": ("tensor",),
+  "T": ("tensor",),
+}
+CLAIMS_LAST = "T"
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
+  """A mesh of data x fsdp x tensor devices; fsdp=-1 takes whatever the other two leave.
+
+  Raises ValueError when the product is not the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  if fsdp == -1:
+    fsdp = max(1, len(devices) // (data * tensor))
+  shape = (data, fsdp, tensor)
+  if math.prod(shape) != len(devices):
+    raise ValueError(
+      f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {math.prod(shape)} devices, "
+      f"this run has {len(devices)}: change config.mesh"
+    )
+  return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+
+
+def spec(rules: dict, letters: str, shape: tuple, mesh) -> P:
+  """Letters -> PartitionSpec. A dimension that its axes do not divide stays whole."""
+  taken, axes = set(), [None] * len(letters)
+  for i in sorted(range(len(letters)), key=lambda i: letters[i] in CLAIMS_LAST):
+    wanted = rules.get(letters[i], ())
+    size = math.prod(mesh.shape[a] for a in wanted)
+    if wanted and not taken & set(wanted) and shape[i] % size == 0:
+      axes[i] = wanted if len(wanted) > 1 else wanted[0]
+      taken |= set(wanted)
+  return P(*axes)
+
+
+def shardings(rules: dict, mesh: Mesh, letters, shapes):
+  """A NamedSharding for each leaf of two matching trees: letters and shapes."""
+  return jax.tree.map(
+    lambda dims, shape: NamedSharding(mesh, spec(rules, dims, shape, mesh)), letters, shapes
+  )
+
+
+def constrain(x, letters: str):
+  """Pin an activation's layout by its letters; nothing to do outside a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(ACTIVATIONS, letters, x.shape, mesh))
+
+
+def rows_divisor(mesh: Mesh) -> int:
+  """How many ways the rows of a batch are split."""
+  return math.prod(mesh.shape[a] for a in ACTIVATIONS["B"])
+
+
+def put(mesh: Mesh, tree, letters: str):
+  """Host arrays -> global device arrays laid out by `letters`; each host passes its own rows."""
+
+  def place(x):
+    x = np.asarray(x)
+    rows = x.shape[0] * jax.process_count()
+    layout = spec(ACTIVATIONS, letters[: x.ndim], (rows, *x.shape[1:]), mesh)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, layout), x)
+
+  return jax.tree.map(place, tree)
+
+
+def replicate(mesh: Mesh, tree):
+  """The same value on every device."""
+  return jax.device_put(tree, NamedSharding(mesh, P()))

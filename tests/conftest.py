@@ -1,0 +1,52 @@
+"""Eight CPU devices, strict shapes, a compilation cache that outlives the run, a tiny model."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in flags:
+  os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import dataclasses  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import pytest  # noqa: E402
+
+from qed_jax.model import qwen3  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+TINY = qwen3.Qwen3Config(
+  vocab_size=64,
+  hidden_size=32,
+  intermediate_size=48,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=16,
+  rope_theta=1e4,
+  max_position=512,
+  rms_norm_eps=1e-6,
+  tie_word_embeddings=True,
+  dtype="float32",
+  remat="none",
+  attention="xla",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+  """A Qwen3 of two layers, and its random float32 parameters: (config, params)."""
+  return TINY, qwen3.init_params(TINY, jax.random.key(0), jnp.float32)
+
+
+@pytest.fixture(scope="session")
+def tiny_with():
+  """tiny_with(num_heads=8, ...) -> config; sizes as in `tiny` unless given."""
+  return lambda **changes: dataclasses.replace(TINY, **changes)
