@@ -1,0 +1,74 @@
+# Every target does its own set-up; all that it needs beforehand is make and a Python >= 3.11.
+# Another interpreter gets an environment of its own: make PYTHON=python3.12 test
+
+PYTHON = python3
+DEMO = runs/demo
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV = $(if $(filter python3,$(PYTHON)),.venv,.venv-$(VERSION))
+RUN = $(VENV)/bin/python
+
+# The pins belong to the oldest supported interpreter, the last one for jax 0.10; on the newer ones
+# the newest releases that pyproject.toml allows are what is tested.
+PINS = $(if $(filter 3.11,$(VERSION)),--constraint constraints.txt)
+INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check $(PINS) --editable
+
+# A stamp is younger than the files that say what to install, or the installation runs again.
+BASE = $(VENV)/.base-$(VERSION)
+FULL = $(VENV)/.full-$(VERSION)
+
+.PHONY: help setup test test-quick test-slow demo lint format clean check-python
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo        train SFT -> rubric RL -> cache RL on the tiny world, evaluate, write $(DEMO)/report.html'
+	@echo 'make test        every test (test-quick leaves out the slow ones, test-slow runs only those)'
+	@echo 'make lint        ruff: format and lint (make format rewrites)'
+	@echo 'make setup       only the set-up, $(VENV)'
+	@echo 'make clean       remove the environments, the caches and $(DEMO)'
+	@echo 'make PYTHON=python3.12 test   the same on another interpreter'
+
+check-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo 'qed_jax needs Python >= 3.11 and "$(PYTHON)" is $(or $(VERSION),not one that runs): try make PYTHON=python3.12' >&2; exit 1; }
+
+$(BASE): pyproject.toml constraints.txt | check-python
+	@$(RUN) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(VERSION)")' 2>/dev/null \
+	  || $(PYTHON) -m venv --clear $(VENV)
+	@echo 'installing into $(VENV) (Python $(VERSION)); minutes the first time'
+	$(INSTALL) .
+	@touch $@
+
+$(FULL): $(BASE)
+	$(INSTALL) '.[test]'
+	@touch $@
+
+setup: $(FULL)
+
+test: $(FULL)
+	$(RUN) -m pytest
+
+test-quick: $(FULL)
+	$(RUN) -m pytest -m 'not slow'
+
+test-slow: $(FULL)
+	$(RUN) -m pytest -m slow
+
+lint: $(FULL)
+	$(RUN) -m ruff format --check
+	$(RUN) -m ruff check
+
+format: $(FULL)
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+
+# The whole pipeline on the tiny world. Run it again after an interruption and it goes on.
+demo: $(BASE)
+	$(RUN) -m qed_jax.train --config=configs/sft.py:tiny --workdir=$(DEMO)/sft
+	$(RUN) -m qed_jax.train --config=configs/rl.py:tiny --workdir=$(DEMO)/rl --config.init=$(DEMO)/sft
+	$(RUN) -m qed_jax.train --config=configs/cache_rl.py:tiny --workdir=$(DEMO)/cache_rl --config.init=$(DEMO)/rl
+	$(RUN) -m qed_jax.evaluate --config=configs/evaluate.py:tiny --workdir=$(DEMO)/evaluate --config.models=$(DEMO)/sft,$(DEMO)/rl,$(DEMO)/cache_rl
+	$(RUN) -m qed_jax.report --workdir=$(DEMO)
+
+clean:
+	rm -rf .venv .venv-* .jax_cache .pytest_cache .hypothesis .ruff_cache $(DEMO)
