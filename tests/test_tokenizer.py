@@ -262,7 +262,7 @@ def test_load_errors_are_one_line(tmp_path):
   cases = [
     (tmp_path / "nowhere", FileNotFoundError, "does not exist"),
     (tmp_path / "empty", FileNotFoundError, "tokenizer_config.json"),
-    ("someone/some-model", ValueError, "give the revision"),
+    ("someone/some-model", ValueError, "needs a revision"),
   ]
   for path, kind, message in cases:
     with pytest.raises(kind, match=re.escape(message)) as error:

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from qed_jax.data import hub
+
 Message = dict[str, str]
 
 THINK = "<think>"
@@ -101,24 +103,15 @@ class Tokenizer(abc.ABC):
 def load(path_or_hub_id: str | pathlib.Path, revision: str | None = None) -> Tokenizer:
   """Opens a local folder, or a Hugging Face hub id at a revision.
 
-  Raises FileNotFoundError for a folder without tokenizer files, ValueError for a hub id without a
-  revision. Code in the repository is never run.
+  Raises FileNotFoundError for a folder without tokenizer files, ValueError for a hub id that does
+  not open or has no revision. Code in the repository is never run.
   """
   folder = pathlib.Path(path_or_hub_id)
   if not folder.is_dir():
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path_or_hub_id)):
+    if not hub.is_hub_id(str(path_or_hub_id)):
       raise FileNotFoundError(f"tokenizer folder {str(path_or_hub_id)!r} does not exist")
-    if revision is None:
-      raise ValueError(
-        f"tokenizer {str(path_or_hub_id)!r} is neither a folder nor a hub id with a revision; "
-        "give the revision (a commit hash)"
-      )
-    import huggingface_hub
-
-    folder = pathlib.Path(
-      huggingface_hub.snapshot_download(
-        str(path_or_hub_id), revision=revision, allow_patterns=list(HUGGING_FACE_FILES)
-      )
+    folder = hub.fetch(
+      str(path_or_hub_id), kind="model", revision=revision, patterns=HUGGING_FACE_FILES
     )
   config_file = folder / "tokenizer_config.json"
   if not config_file.is_file():

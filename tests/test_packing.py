@@ -1,0 +1,121 @@
+"""Packing of RL examples: nothing is lost, split or mixed, and rows are well filled."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qed_jax.data import packing
+
+ROW = 16
+lengths_strategy = st.lists(st.integers(1, ROW), min_size=1, max_size=30)
+
+
+def make_examples(lengths):
+  rng = np.random.default_rng(0)
+  return [
+    {
+      "tokens": rng.integers(0, 100, n),
+      "weight": rng.random(n),
+      "advantage": rng.normal(size=n),
+      "behavior_logp": rng.normal(size=n),
+      "version": rng.integers(0, 5, n),
+    }
+    for n in lengths
+  ]
+
+
+@settings(deadline=None)
+@given(lengths_strategy, st.integers(1, 4))
+def test_pack_then_unpack_is_identity(lengths, rows_multiple):
+  """Every array of every example comes back, in order, in its dtype, bit by bit."""
+  examples = make_examples(lengths)
+  batch, placement = packing.pack_rows(examples, row_length=ROW, rows_multiple=rows_multiple)
+  assert batch.tokens_BT.shape[0] % rows_multiple == 0
+  assert batch.reference_logp_BT is None
+  for key in examples[0]:
+    array_BT = getattr(batch, f"{key}_BT")
+    assert array_BT.dtype == packing.DTYPES[key]
+    for got, example in zip(packing.unpack(array_BT, placement), examples, strict=True):
+      np.testing.assert_array_equal(got, example[key].astype(packing.DTYPES[key]))
+
+
+@settings(deadline=None)
+@given(lengths_strategy)
+def test_segments_and_positions_tell_the_examples_apart(lengths):
+  """A segment is one example: contiguous, numbered from the left, positions from 0, 0 behind it."""
+  batch, placement = packing.pack_rows(make_examples(lengths), row_length=ROW, rows_multiple=1)
+  for segments, positions in zip(
+    packing.unpack(batch.segments_BT, placement),
+    packing.unpack(batch.positions_BT, placement),
+    strict=True,
+  ):
+    assert len(set(segments)) == 1 and segments[0] > 0
+    np.testing.assert_array_equal(positions, np.arange(len(positions)))
+  for segments, weight in zip(batch.segments_BT, batch.weight_BT, strict=True):
+    real = segments[segments > 0]
+    assert (segments[len(real) :] == 0).all() and (weight[len(real) :] == 0).all()
+    assert set(np.diff(real)) <= {0, 1} and real[0] == 1
+  assert sum(segments.max() for segments in batch.segments_BT) == len(lengths)
+  assert packing.efficiency(batch.segments_BT) == sum(lengths) / batch.segments_BT.size
+
+
+@settings(deadline=None)
+@given(lengths_strategy)
+def test_no_two_rows_would_fit_into_one(lengths):
+  """Any two rows together hold more than a row: what best fit promises."""
+  placement, used = packing.best_fit(lengths, ROW)
+  filled = np.bincount(placement.row_N, weights=placement.length_N, minlength=used)
+  assert (filled > 0).all() and (filled <= ROW).all()
+  assert used == 1 or np.sort(filled)[:2].sum() > ROW
+
+
+def test_best_fit_takes_the_tightest_row():
+  """The last example fills the row with the least room that is enough."""
+  placement, used = packing.best_fit([3, 9, 12, 10, 4], ROW)
+  assert used == 3
+  # Longest first: 12, 10 and 9 open a row each; 4 then leaves 0 beside 12, and 3 leaves 3 beside
+  # 10, less than beside 9.
+  np.testing.assert_array_equal(placement.row_N, [1, 2, 0, 1, 0])
+  np.testing.assert_array_equal(placement.start_N, [10, 0, 0, 0, 12])
+
+
+def test_rows_come_in_few_counts():
+  """Row counts are the smallest bucket that is enough, else a multiple of the largest."""
+  count = packing.row_count
+  assert [count(n, rows_multiple=4, row_counts=()) for n in (1, 4, 5)] == [4, 4, 8]
+  assert [count(n, rows_multiple=2, row_counts=(8, 2)) for n in (1, 3, 8, 9, 17)] == [
+    2,
+    8,
+    8,
+    16,
+    24,
+  ]
+  with pytest.raises(ValueError, match="row_counts has 6; give positive multiples of 4"):
+    count(1, rows_multiple=4, row_counts=(4, 6))
+  examples = make_examples([ROW] * 3)
+  batch, _ = packing.pack_rows(examples, row_length=ROW, rows_multiple=2, row_counts=(2, 8))
+  assert batch.tokens_BT.shape == (8, ROW)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda e: e[1].update({k: np.ones(ROW + 1) for k in e[1]}), "example 1 has 17 tokens"),
+    (lambda e: e[1].update({k: np.ones(0) for k in e[1]}), "example 1 is empty"),
+    (lambda e: e[1].update(weight=np.ones(2)), "example 1 has arrays of different shapes"),
+    (lambda e: e[1].pop("version"), "example 1 has keys"),
+    (lambda e: [x.update(reward=np.ones(3)) for x in e], "'reward' is unknown or missing"),
+    (lambda e: [x.pop("weight") for x in e], "'weight' is unknown or missing"),
+    (lambda e: e.clear(), "nothing to pack"),
+  ],
+)
+def test_bad_examples_are_named(change, message):
+  """What cannot be packed stops with one line that names the example."""
+  examples = make_examples([3, 3])
+  change(examples)
+  with pytest.raises(ValueError, match=re.escape(message)) as error:
+    packing.pack_rows(examples, row_length=ROW, rows_multiple=1)
+  assert "\n" not in str(error.value)
