@@ -1,8 +1,8 @@
 """Attention behind one function each for packed rows and for the KV cache; picks a kernel.
 
 A packed row is one int32 vector `start_BT` (layers.segment_starts): token t attends to s when
-start[t] <= s <= t. The Pallas kernels plug in here: an implementation that cannot serve a case raises
-NotImplementedError naming the limit, and `auto` takes the next.
+start[t] <= s <= t. The Pallas kernels plug in here: an implementation that cannot serve a case
+raises NotImplementedError naming the limit, and `auto` takes the next.
 """
 
 import functools
@@ -36,10 +36,10 @@ def xla_attention(q_BTNH, k_BSKH, v_BSKH, start_BT):
   B, T, N, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
   q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-  key_S = jnp.arange(S)
+  key_11S = jnp.arange(S)[None, None]
 
   def block(q_BCKGH, start_BC, query_C):
-    visible_BCS = (key_S >= start_BC[:, :, None]) & (key_S <= query_C[None, :, None])
+    visible_BCS = (key_11S >= start_BC[:, :, None]) & (key_11S <= query_C[None, :, None])
     return attend_block(q_BCKGH, k_BSKH, v_BSKH, visible_BCS)
 
   if T <= QUERY_CHUNK:
@@ -74,7 +74,7 @@ def cache_attention(q_BTNH, kv_cache, layer, positions_BT):
   wide = at_least_float32(q_BTNH.dtype)
   q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
   s_BKGTS = einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, out_dtype=wide) * H**-0.5
-  visible_BTS = jnp.arange(S) <= positions_BT[:, :, None]
+  visible_BTS = jnp.arange(S)[None, None] <= positions_BT[:, :, None]
   s_BKGTS = jnp.where(visible_BTS[:, None, None], s_BKGTS, MASKED)
   p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1).astype(v_BKSH.dtype)
   return einsum("BKGTS,BKSH->BTKGH", p_BKGTS, v_BKSH).reshape(q_BTNH.shape)

@@ -39,7 +39,7 @@ def rope_angles(positions_BT, head_dim: int, theta: float, dtype=jnp.float32):
   past 32k a last-bit difference there would show in the logits.
   """
   exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-  inverse_frequency = np.float32(1.0) / np.power(np.float32(theta), exponent)
+  inverse_frequency = (np.float32(1.0) / np.power(np.float32(theta), exponent))[None, None, None]
   angle = positions_BT.astype(jnp.float32)[:, :, None, None] * inverse_frequency
   return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
 

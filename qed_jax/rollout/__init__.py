@@ -1,0 +1,1 @@
+"""Rollouts: sampling, the sampler on the device, the engine that keeps its slots busy."""
