@@ -7,12 +7,13 @@ One alphabet serves einsum subscripts, array name suffixes and sharding:
   S tokens, key side         V vocabulary             P problems (groups)
   N query heads  K key/value heads  G = N / K  H head dimension  A attempts per group
 
-An array of letters "BTNH" is laid out by looking each letter up in a table. A mesh axis is used once
-an array: heads, MLP, and vocabulary claim `tensor` before T does, so T is sharded over `tensor`
+An array of letters "BTNH" is laid out by looking each letter up in a table. A mesh axis is used
+once an array: heads, MLP and vocabulary claim `tensor` before T does, so T is sharded over it
 exactly between the blocks, where the residual stream is [B, T, D] (sequence parallelism).
 """
 
 import math
+import os
 
 import jax
 import numpy as np
@@ -30,6 +31,23 @@ ACTIVATIONS = {
   "T": ("tensor",),
 }
 CLAIMS_LAST = "T"
+
+
+def initialize_hosts() -> None:
+  """Join the other hosts of a TPU slice, a Slurm job or JAX_COORDINATOR_ADDRESS, where there are
+  any.
+
+  The same command runs on every host. On a single machine this does nothing.
+  """
+  tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+  several = (
+    len(tpu_hosts) > 1
+    or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    or "JAX_COORDINATOR_ADDRESS" in os.environ
+    or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+  )
+  if several and not jax.distributed.is_initialized():
+    jax.distributed.initialize()
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:

@@ -1,0 +1,104 @@
+"""Blocks that the configs share.
+
+A config is a flat page of numbers: `get_config(arg)` in each file, `arg` the part after the colon
+in `--config=configs/sft.py:tiny`. Every default lives here or in the config files, none in the
+code.
+"""
+
+from ml_collections import ConfigDict
+
+QWEN3 = "Qwen/Qwen3-4B-Thinking-2507"
+QWEN3_INSTRUCT = "Qwen/Qwen3-4B-Instruct-2507"
+
+
+def base() -> ConfigDict:
+  """What every training job has, at 4B size; the job's file sets the rest."""
+  c = ConfigDict()
+  c.seed = 42
+  c.steps = 0
+  # Where the parameters come from: a workdir of this program, a Hugging Face folder or hub id; ""
+  # makes random ones of the preset's sizes. Ignored where the workdir has a checkpoint to resume.
+  c.init = QWEN3
+  c.init_revision = "main"
+  c.tokenizer = ""  # a folder or hub id; "" takes the one that comes with init
+  c.model = ConfigDict({
+    "preset": "",  # "" reads the sizes from init's config.json
+    "dtype": "bfloat16",
+    "param_dtype": "float32",
+    "remat": "layer",
+    "attention": "auto",
+    "score_chunk": 1024,
+  })  # fmt: skip
+  c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+  c.optimizer = ConfigDict({
+    "lr": 1e-6,
+    "schedule": "constant",  # after the warm-up: "constant" or "cosine" (to zero)
+    "warmup_steps": 0,
+    "b1": 0.9,
+    "b2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.01,
+    "decay_norms": False,
+    "clip_norm": 1.0,
+    "state_dtype": "float32",
+  })  # fmt: skip
+  c.batch = ConfigDict({
+    "row_length": 0,  # tokens of a packed row
+    "rows": 0,  # rows a step; RL pads what it has up to a multiple of this
+    "microbatch_rows": 0,  # rows at once in the backward pass; 0 is all of them
+  })  # fmt: skip
+  c.checkpoint = ConfigDict({"every": 50, "keep": 2})
+  c.log = ConfigDict({"every": 1, "samples": 4})
+  c.max_skipped_steps = 5  # non-finite updates in a row before the run stops
+  return c
+
+
+def rubric_judge() -> ConfigDict:
+  """gpt-oss-20b, medium effort, over the endpoint that OPENAI_BASE_URL names (qed_nano_rl.yaml)."""
+  return ConfigDict({
+    "reward": "rubric",  # "rubric" (a judge model), "answer" (math-verify), "exact" (tiny world)
+    "model": "openai/gpt-oss-20b",
+    "api": "responses",  # "responses" or "chat"
+    "base_url_env": "OPENAI_BASE_URL",
+    "api_key_env": "OPENAI_API_KEY",  # the name of the variable, never the key
+    "template": "judge",  # a file of qed_jax/prompts, or a path
+    "scale": (0, 1, 2, 3, 4, 5, 6, 7),
+    "temperature": 1.0,
+    "max_tokens": 81_920,
+    "reasoning_effort": "medium",
+    "samples": 3,  # replies asked for while they cannot be parsed
+    "retries": 3,  # requests for one reply
+    "timeout_s": 900.0,  # of a request
+    "deadline_s": 3600.0,  # of a reply, its retries and waits included
+    "concurrency": 64,
+    "token_budget": 0,  # read and written before the judge stops; 0 is no limit
+    "on_invalid": "mask",  # "zero" reproduces the original
+    "cache": "judge.jsonl",
+  })  # fmt: skip
+
+
+def exact_judge() -> ConfigDict:
+  """The tiny world's grader; the judge's other fields stand by, unused."""
+  c = rubric_judge()
+  c.reward = "exact"
+  return c
+
+
+def tiny(c: ConfigDict) -> None:
+  """The tiny world: a Qwen3 of a million parameters on two CPU cores."""
+  c.init, c.init_revision = "", ""
+  c.model.update(preset="tiny", dtype="float32", remat="none", score_chunk=128)
+  c.mesh.tensor = 1
+  c.steps = 500
+  c.optimizer.update(lr=3e-3, warmup_steps=20, b2=0.95, weight_decay=0.0, clip_norm=1.0)
+  c.batch.update(row_length=64, rows=64)
+  c.checkpoint.every = 100
+  c.log.every = 10
+
+
+def colab(c: ConfigDict) -> None:
+  """One 16 GB TPU chip: Qwen3-0.6B, all weights in bf16 but the optimizer's moments."""
+  c.init, c.init_revision = "Qwen/Qwen3-0.6B", "main"
+  c.mesh.tensor = 1
+  c.model.param_dtype = "bfloat16"
+  c.checkpoint.every = 25

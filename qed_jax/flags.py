@@ -1,0 +1,88 @@
+"""Config files, `--config.x.y=` overrides, and one-line errors before any device work."""
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+# What a number may be; a field is looked up by its last name.
+POSITIVE = {
+  "lr", "steps", "row_length", "rows", "problems", "attempts", "turns", "states", "slots",
+  "max_tokens", "score_chunk", "every", "keep", "clip_norm", "eps", "max_length", "chunk",
+  "prefill_rows", "max_skipped_steps", "deadline_s", "concurrency", "samples_per_problem",
+  "retries", "timeout_s", "problems_at_once",
+}  # fmt: skip
+CHOICES = {
+  "job": ("sft", "rl", "cache_rl"),
+  "schedule": ("constant", "cosine"),
+  "dtype": ("bfloat16", "float32"),
+  "param_dtype": ("bfloat16", "float32"),
+  "remat": ("none", "dots", "layer"),
+  "reward": ("rubric", "answer", "exact"),
+  "policy_loss": ("ppo", "reinforce"),
+  "baseline": ("mean", "leave_one_out"),
+  "normalizer": ("rollouts", "group_tokens", "tokens"),
+  "on_invalid": ("mask", "zero"),
+  "api": ("chat", "responses"),
+}  # fmt: skip
+SIGNED = {"fsdp"}
+
+
+def check(config: ConfigDict, prefix: str = "config") -> None:
+  """Raises ValueError, one line naming field, value and fix, on the first impossible field."""
+  for name, value in config.items():
+    field = f"{prefix}.{name}"
+    if isinstance(value, ConfigDict):
+      check(value, field)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+      if not math.isfinite(value):
+        raise ValueError(f"{field} is {value}: give a finite number")
+      if name in POSITIVE and value <= 0:
+        raise ValueError(f"{field} is {value}: give a number above 0")
+      if value < 0 and name not in SIGNED:
+        raise ValueError(f"{field} is {value}: give 0 or more")
+    elif name in CHOICES and value not in CHOICES[name]:
+      raise ValueError(f"{field} is {value!r}: choose one of {', '.join(CHOICES[name])}")
+
+
+def run(main: Callable[[ConfigDict, str], None], needs_workdir: bool = True) -> None:
+  """Parse `--config=FILE[:variant] [--config.x.y=...] --workdir=DIR`, check, and call main.
+
+  Whatever is wrong with the command line or the config is printed as one line, exit code 2; so is a
+  ValueError or FileNotFoundError out of main, which is how the parts report what a user can mend.
+  """
+  sys.path.insert(0, str(Path(__file__).parents[1]))  # `from configs import common` in configs
+  config = config_flags.DEFINE_config_file("config", lock_config=True, help_string="config file")
+  workdir = flags.DEFINE_string("workdir", None, "folder of the run; run again to resume")
+
+  def parse(argv):
+    try:
+      rest = flags.FLAGS(argv)
+      if config.value is None:
+        raise ValueError("--config is missing: name a file such as configs/sft.py:tiny")
+      if needs_workdir and not workdir.value:
+        raise ValueError("--workdir is missing: name a folder for checkpoints and metrics")
+      if rest[1:]:
+        raise ValueError(f"unknown argument {rest[1]!r}: fields are set as --config.field=value")
+      check(config.value)
+    except Exception as error:  # whatever a flag parser or a config file raises is the user's line
+      fail(error)
+    return rest
+
+  def start(_):
+    try:
+      main(config.value, workdir.value)
+    except (ValueError, FileNotFoundError) as error:
+      fail(error)
+
+  app.run(start, flags_parser=parse)
+
+
+def fail(error: Exception) -> None:
+  """One line on stderr, exit code 2."""
+  text = " ".join(str(error).split()) or type(error).__name__
+  print(f"error: {text}", file=sys.stderr)
+  sys.exit(2)

@@ -1,0 +1,27 @@
+"""Floating-point operations of Qwen3, counted from its sizes: 2 a multiply-add, causal halves only."""
+
+import math
+
+import numpy as np
+
+from qed_jax.model.qwen3 import Qwen3Config, shapes
+
+
+def forward(config: Qwen3Config, tokens: int, context: int) -> float:
+  """tokens: scored or decoded. context: sum over them of the keys that each one sees."""
+  matrices = sum(
+    math.prod(shape)
+    for path, shape in shapes(config).items()
+    if path.split(".")[-1].endswith("_proj") or path == "lm_head"
+  )
+  if config.tie_word_embeddings:
+    matrices += config.vocab_size * config.hidden_size
+  attention = 2 * 2 * config.num_layers * config.num_heads * config.head_dim
+  return 2.0 * matrices * tokens + float(attention) * context
+
+
+def training(config: Qwen3Config, positions_BT, segments_BT) -> float:
+  """Forward and backward of packed rows; the backward pass is twice the forward."""
+  real_BT = np.asarray(segments_BT) > 0
+  context = int(np.sum((np.asarray(positions_BT) + 1) * real_BT))
+  return 3.0 * forward(config, int(real_BT.sum()), context)

@@ -1,0 +1,215 @@
+"""The trainer: python -m qed_jax.train --config=configs/sft.py:tiny --workdir=runs/sft
+
+SFT, rubric RL and cache RL are one loop: a stream of Batches and an objective. Run the same command
+again to resume. SIGTERM saves and exits with code 0. Metrics go to metrics.jsonl and tb/, graded
+rollouts to samples.jsonl, both in the workdir.
+"""
+
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from qed_jax import flags, metrics, optim, sharding, workdir
+from qed_jax.checkpoint import Checkpoints
+from qed_jax.model import flops, qwen3
+from qed_jax.objectives import finalise, merge, policy_gradient, sft
+from qed_jax.rollout import jobs, policy
+
+RESUMABLE = ("log", "checkpoint", "judge")  # fields that may change between two runs of a workdir
+
+
+def main(config, folder: str) -> None:
+  root = epath.Path(folder)
+
+  # --- What to train, and whether this machine can ---------------------------------------------
+  workdir.check_same_config(root, config.to_dict(), ignore=RESUMABLE)
+  sharding.initialize_hosts()
+  policy.check_memory(config)
+  mesh = sharding.make_mesh(**config.mesh.to_dict())
+  start = policy.locate(config.init, config.init_revision)
+  model = policy.sizes(start, config.model)
+  tokenizer = jobs.tokenizer(config, start, root)
+  policy.check_vocabulary(model, tokenizer)
+  examples = jobs.data(config)
+  workdir.write_run_files(root, config.to_dict())
+  policy.save_description(root / "model", model, tokenizer)
+
+  with jax.set_mesh(mesh):
+    # --- Optimizer and state -------------------------------------------------------------------
+    optimizer, schedule = optim.make_optimizer(**optimizer_arguments(config))
+    abstract = abstract_state(model, optimizer, mesh, config.model.param_dtype)
+    checkpoints = Checkpoints(root / "checkpoints", keep=config.checkpoint.keep)
+    restored = checkpoints.restore_latest(abstract)
+    if restored is None:
+      first, host_state = 0, None
+      params = policy.load_params(start, model, abstract["params"], config.seed)
+      opt_state = jax.jit(optimizer.init, out_shardings=layout(abstract["opt_state"]))(params)
+      state = {"params": params, "opt_state": opt_state}
+    else:
+      first, state, host_state = restored
+      print(f"resuming {root} from step {first}", flush=True)
+
+    # --- The stream of batches, and what to do with one -----------------------------------------
+    stopped = on_sigterm()
+    stream = jobs.stream(
+      config, model, mesh, tokenizer, examples, start, abstract["params"], root, stopped
+    )
+    if host_state is not None:
+      stream.restore(host_state["stream"])
+    update = jax.jit(
+      make_update(config, model, optimizer, schedule),
+      donate_argnums=0,
+      out_shardings=(layout(abstract), None),
+    )
+
+    # --- The loop ------------------------------------------------------------------------------
+    writer = metrics.MetricWriter(root, first)
+    samples = jobs.SampleLog(root / "samples.jsonl", first, config.log.samples)
+    progress = metrics.Progress(config.job, first, config.steps)
+    health = Health(root, config.max_skipped_steps)
+    step = first
+    for step in range(first, config.steps):
+      began = time.perf_counter()
+      produced = stream.next(state["params"], step)
+      if produced is None or stopped():
+        break
+      batch, info, rollouts = produced
+      waited = time.perf_counter() - began
+      on_device = sharding.put(mesh, batch, "BT")
+      with jax.transfer_guard("disallow"):
+        state, measured = update(state, on_device)
+      info |= finalise(measured)
+      seconds = time.perf_counter() - began
+      info |= speed(model, batch, seconds - waited, waited, seconds)
+      health.check(step, info, batch)
+      if (step + 1) % config.log.every == 0 or step + 1 == config.steps:
+        writer.write(step + 1, info)
+        samples.write(step + 1, rollouts)
+      progress.update(step + 1, info)
+      checkpoints.check()
+      if (step + 1) % config.checkpoint.every == 0:
+        checkpoints.save(step + 1, state, {"stream": stream.state()})
+    else:
+      step = config.steps
+
+    # --- The end, or SIGTERM ---------------------------------------------------------------------
+    if step > (checkpoints.latest_step() or 0):
+      checkpoints.wait()
+      if checkpoints.latest_step() != step:
+        checkpoints.save(step, state, {"stream": stream.state()})
+    checkpoints.close()
+    stream.close()
+    writer.close()
+    progress.close()
+    print(f"{'stopped' if step < config.steps else 'finished'} at step {step}: {root}", flush=True)
+
+
+def make_update(config, model, optimizer, schedule):
+  """(state, batch) -> (state, summed metrics): gradients over microbatches, one optimizer step."""
+  objective = dict(config.objective) if config.job != "sft" else {}
+  temperature = config.rollout.temperature if config.job != "sft" else 1.0
+
+  def loss(params, batch):
+    logp_BT, entropy_BT = qwen3.score(model, params, batch, temperature, config.model.score_chunk)
+    if config.job == "sft":
+      return sft.loss(logp_BT, entropy_BT, batch)
+    names = ("policy_loss", "eps_low", "eps_high", "kl_coef", "entropy_coef", "clamp_log_ratio")
+    return policy_gradient.loss(
+      logp_BT, entropy_BT, batch, **{name: objective[name] for name in names}
+    )
+
+  def gradients(params, batch):
+    rows = batch.tokens_BT.shape[0]
+    at_once = config.batch.microbatch_rows or rows
+    if at_once >= rows:
+      (_, measured), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+      return grads, measured
+    parts = jax.tree.map(lambda x: x.reshape(rows // at_once, at_once, *x.shape[1:]), batch)
+
+    def one(total, part):
+      part = jax.tree.map(lambda x: sharding.constrain(x, "BT"), part)
+      (_, measured), grads = jax.value_and_grad(loss, has_aux=True)(params, part)
+      summed = jax.tree.map(jnp.add, total[0], grads)
+      return (summed, merge(total[1], measured)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    shape = jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], parts))[1]
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
+    (grads, measured), _ = jax.lax.scan(one, (zeros, nothing), parts)
+    return grads, measured
+
+  def update(state, batch):
+    grads, measured = gradients(state["params"], batch)
+    params, opt_state, applied = optim.apply_updates(
+      optimizer, state["params"], state["opt_state"], grads, measured["loss"]
+    )
+    return {"params": params, "opt_state": opt_state}, measured | applied
+
+  return update
+
+
+def optimizer_arguments(config) -> dict:
+  """The optimizer block under optim.make_optimizer's names."""
+  fields = dict(config.optimizer)
+  return {"peak_lr": fields.pop("lr"), "total_steps": config.steps, **fields}
+
+
+def abstract_state(model, optimizer, mesh, param_dtype: str) -> dict:
+  """Shapes, dtypes and shardings of everything that is trained; nothing is allocated."""
+  params = policy.abstract_params(model, mesh, param_dtype)
+  opt_state = jax.eval_shape(optimizer.init, params)
+  return {"params": params, "opt_state": policy.laid_out_like(optimizer, opt_state, params, mesh)}
+
+
+def layout(abstract):
+  """The shardings of an abstract tree."""
+  return jax.tree.map(lambda x: x.sharding, abstract)
+
+
+def speed(model, batch, training: float, waiting: float, total: float) -> dict[str, float]:
+  """Seconds and tokens a second by phase; MFU where the chip's peak is known."""
+  tokens = int(np.sum(batch.segments_BT > 0)) * jax.process_count()
+  done = flops.training(model, batch.positions_BT, batch.segments_BT) * jax.process_count()
+  values = {
+    "seconds/step": total,
+    "seconds/data": waiting,
+    "seconds/train": training,
+    "tokens_per_s/train": tokens / training,
+  }
+  device = jax.devices()[0]
+  mfu = metrics.mfu(done, training, device.device_kind, jax.device_count())
+  return values if mfu is None else values | {"mfu": mfu}
+
+
+class Health:
+  """Counts updates skipped in a row because loss or gradient was not finite."""
+
+  def __init__(self, root: epath.Path, limit: int):
+    self.root, self.limit, self.skipped = root, limit, 0
+
+  def check(self, step: int, info: dict, batch) -> None:
+    """Raises ValueError after `limit` in a row, with the batch saved for a look."""
+    self.skipped = self.skipped + 1 if info["skipped"] else 0
+    if self.skipped >= self.limit:
+      path = self.root / f"not_finite_{step}.npz"
+      with path.open("wb") as file:
+        np.savez(file, **{k: v for k, v in vars(batch).items() if v is not None})
+      raise ValueError(
+        f"loss or gradient was not finite {self.skipped} steps in a row (step {step}); the batch "
+        f"is in {path}: lower optimizer.lr, or look at the data"
+      )
+
+
+def on_sigterm():
+  """A function that says whether SIGTERM has come; asked between steps and while sampling."""
+  seen = []
+  signal.signal(signal.SIGTERM, lambda *_: seen.append(time.time()))
+  return lambda: bool(seen)
+
+
+if __name__ == "__main__":
+  flags.run(main)
