@@ -24,7 +24,7 @@ import numpy as np
 from qed_jax import prompts
 from qed_jax.records import Problem
 
-LETTERS = "abcdefghijklmnop"
+LETTERS = "abcdefghijkl"
 OPERATIONS = {f"{sign}{d}": int(f"{sign}{d}") for sign in "+-" for d in range(1, 6)}
 MIN_STEPS, MAX_STEPS = 2, len(LETTERS)
 GAPS = (2, 3, 4)  # steps from one named result to the next
@@ -35,9 +35,11 @@ SPLIT_STREAMS = {"train": 1, "heldout": 2, "sft": 3}
 KINDS = {"solve": 0.4, "continue": 0.3, "summarise": 0.3}
 EARLY_STOP = 0.2  # of the traces: break off; the proof says what was reached
 CHECKER = 0.5  # of the traces: repeat lines after the word "check"
-CHECK = 0.4  # of the lines of such a trace
+CHECK = 0.4  # of the lines of such a trace, at most MAX_CHECKS of them
+MAX_CHECKS = 4
 RESTART = 0.5  # of the continuations: ignore the summary and begin again
-CUT = 0.5  # of the traces to summarise: end inside a line, as when the budget runs out
+MAX_TRACE = 30  # words of a trace to summarise, as a turn's budget allows
+CUT = 0.5  # of these traces: end inside a line, as when the budget runs out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +187,7 @@ def _row(rng, kind: str, chain: Chain) -> dict:
   first = 0 if rng.random() < RESTART else known
   last = int(rng.integers(min(first + 1, n), n + 1)) if rng.random() < EARLY_STOP else n
   checker = rng.random() < CHECKER
-  checked = {i for i in range(n) if checker and rng.random() < CHECK}
+  checked = [i for i in range(first, n) if checker and rng.random() < CHECK][:MAX_CHECKS]
   if kind == "summarise":
     reasoning, last = _cut(rng, trace(chain, first, n, checked), first)
     prompt = prompts.render(
@@ -208,7 +210,7 @@ def _row(rng, kind: str, chain: Chain) -> dict:
 def _cut(rng, reasoning: str, first: int) -> tuple[str, int]:
   """A beginning of the trace, and the number of steps known at its end."""
   words = reasoning.split()
-  end = int(rng.integers(0, len(words) + 1))
+  end = int(rng.integers(0, min(len(words), MAX_TRACE) + 1))
   if rng.random() >= CUT:
     # After a whole line: the next word is a letter or "check".
     while end < len(words) and words[end] not in (*LETTERS, "check"):
