@@ -27,7 +27,7 @@ from qed_jax.records import Grade, Problem, Usage
 _TAGS = "score|points|think|thinking|grade|assessment|errors|submission|solution|system|task"
 _TAG = re.compile(rf"(?:<|&lt;)(?=/?(?:{_TAGS})\b|\s{{0,9}}/?\s{{0,9}}(?:{_TAGS})\s{{0,9}}>)")
 # <|im_start|>, <start_of_turn>, </s>, <<SYS>>, [INST]: what some chat template reads as a turn.
-_TURN = re.compile(r"<(?=\||/?(?:start_of_turn|end_of_turn|bos|eos|s|<sys>)>)|\[(?=/?inst\])")
+_TURN = re.compile(r"<(?=\||/?(?:start_of_turn|end_of_turn|bos|eos|s)>|</?sys>)|\[(?=/?inst\])")
 # Invisible, though their Unicode category does not say so: fillers and variation selectors.
 _FILLERS = {0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0}
 _FILLERS |= {*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
