@@ -1,0 +1,166 @@
+"""The report's pictures: scores with their intervals, and panels of metrics, in matplotlib."""
+
+import base64
+import io
+import math
+import statistics
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Panels come in this order, the rest of the metrics after them by name.
+PANELS = (
+  "reward", "loss", "length", "dead_group_share", "truncation_share", "invalid_share", "entropy",
+  "kl", "ratio", "clip_share", "ess", "grad_norm", "lag", "tokens_per_s", "mfu",
+)  # fmt: skip
+MOST_POINTS = 400
+MOST_LINES = 8
+
+INK, GRID = "#24292f", "#d0d7de"
+COLOURS = ("#0b6bcb", "#c2570c", "#1a7f37", "#8250df", "#bf3989", "#0f766e", "#6e7781", "#9a6700")
+DARK = dict(
+  zip(
+    (INK, GRID, *COLOURS),
+    ("#dde3ea", "#3a424d")
+    + ("#6cb6ff", "#f0883e", "#57ab5a", "#b083f0", "#e275ad", "#39c5bb", "#909dab", "#daaa3f"),
+    strict=True,
+  )
+)
+STYLE = {
+  "svg.fonttype": "path",
+  "svg.hashsalt": "qed_jax",
+  "text.parse_math": False,  # a label is text, also when it holds a dollar sign
+  "font.size": 9,
+  "axes.titlesize": 9.5,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.edgecolor": GRID,
+  "axes.labelcolor": INK,
+  "axes.titlecolor": INK,
+  "text.color": INK,
+  "xtick.color": INK,
+  "ytick.color": INK,
+  "axes.grid": True,
+  "grid.color": GRID,
+  "grid.linewidth": 0.6,
+  "legend.frameon": False,
+  "legend.fontsize": 8,
+}
+
+Curve = tuple[list[float], list[float]]
+
+
+def picture(figure: Figure) -> str:
+  """The figure as a data URI of an SVG that follows the reader's light or dark theme."""
+  out = io.StringIO()
+  figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+  svg = out.getvalue()
+  rules = "".join(
+    f'[style*="{what}: {light}"]{{{what}:{dark}!important}}'
+    for light, dark in DARK.items()
+    for what in ("fill", "stroke")
+  )
+  style = f"<style>@media (prefers-color-scheme: dark){{{rules}}}</style></svg>"
+  svg = svg[svg.index("<svg") :].rstrip().removesuffix("</svg>") + style
+  return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+
+
+def short(text: str, longest: int = 34) -> str:
+  text = " ".join(text.split())
+  return text if len(text) <= longest else text[: longest - 1] + "\u2026"
+
+
+def spread(rows: list[dict]) -> list[list[float]]:
+  """How far the intervals reach below and above the scores."""
+  below = [max(r["score"] - r["low"], 0) for r in rows]
+  return [below, [max(r["high"] - r["score"], 0) for r in rows]]
+
+
+def draw_points(ax: Axes, rows: list[dict], at: str, colour: str, label: str) -> None:
+  x, low, high = ([r[k] for r in rows] for k in (at, "low", "high"))
+  ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+  look = {"color": colour, "marker": "o", "ms": 4, "lw": 1.6, "elinewidth": 1, "capsize": 2}
+  ax.errorbar(x, [r["score"] for r in rows], spread(rows), label=short(label), **look)
+
+
+def span(results: list[dict]) -> tuple[float, float]:
+  """The score axis: shares, rubric points, percents, or as far as the scores go."""
+  highest = max(r["high"] for r in results)
+  end = next((m for m in (1.0, 7.0, 100.0) if highest <= m), highest)
+  return -0.02 * end, 1.02 * end
+
+
+def scores(results: list[dict]) -> Figure:
+  """Left the score of every row, right the score after each turn; bars are the intervals."""
+  figure = Figure(figsize=(11, max(3.6, 1.3 + 0.42 * len(results))), layout="constrained")
+  left, right = figure.subplots(1, 2)
+  for y, row in enumerate(results):
+    colour = COLOURS[y % len(COLOURS)]
+    look = {"color": colour, "marker": "o", "ms": 6, "lw": 2, "capsize": 4}
+    left.errorbar([row["score"]], [y], xerr=spread([row]), **look)
+    place = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+    left.annotate(f"{row['score']:.2f}", (row["score"], y), **place)
+    draw_points(right, row["by_turn"], "turn", colour, row["label"])
+  left.set_yticks(range(len(results)), [short(r["label"]) for r in results])
+  left.set_ylim(len(results) - 0.4, -0.75)
+  left.set(title="Score, with its 95 % interval", xlabel="mean score", xlim=span(results))
+  left.grid(axis="y", visible=False)
+  right.set(title="Score after each turn", xlabel="turn", ylabel="mean score", ylim=span(results))
+  right.xaxis.get_major_locator().set_params(integer=True)
+  right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+  return figure
+
+
+def scores_by_length(results: list[dict]) -> Figure:
+  figure = Figure(figsize=(11, max(3.4, 0.8 + 0.19 * len(results))), layout="constrained")
+  ax = figure.subplots()
+  for i, row in enumerate(results):
+    if row["by_length"]:
+      draw_points(ax, row["by_length"], "length", COLOURS[i % len(COLOURS)], row["label"])
+  ax.set(xlabel="length of the problem", ylabel="mean score", ylim=span(results))
+  ax.xaxis.get_major_locator().set_params(integer=True)
+  ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+  return figure
+
+
+def panels(by_name: dict[str, Curve]) -> list[dict]:
+  """One picture for each group of metrics: reward/mean and reward/turn_2 share the panel reward."""
+  groups: dict[str, list[str]] = {}
+  for name in sorted(by_name):
+    groups.setdefault(name.split("/")[0], []).append(name)
+
+  def order(group: str):
+    return next((i for i, p in enumerate(PANELS) if group.startswith(p)), len(PANELS)), group
+
+  return [
+    panel(group, {n: by_name[n] for n in groups[group]}) for group in sorted(groups, key=order)
+  ]
+
+
+def panel(group: str, lines: dict[str, Curve]) -> dict:
+  figure = Figure(figsize=(4.1, 2.35), layout="constrained")
+  ax = figure.subplots()
+  shown = list(lines)[:MOST_LINES]
+  for name, colour in zip(shown, COLOURS, strict=False):
+    x, y = thin(*lines[name])
+    label = short(name.removeprefix(group).lstrip("/") or "value", 22)
+    ax.plot(x, y, color=colour, lw=1.4, marker="o" if len(x) < 12 else None, ms=3, label=label)
+  middles = [statistics.median(lines[n][1]) for n in shown]
+  if min(min(lines[n][1]) for n in shown) > 0 and max(middles) > 30 * min(middles):
+    ax.set_yscale("log")
+  ax.set_xlabel("step")
+  if len(set(lines[shown[0]][1])) == 1 == len(shown):
+    ax.set_ylim(lines[shown[0]][1][0] - 1, lines[shown[0]][1][0] + 1)
+  if len(lines) > 1:
+    ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=4, columnspacing=1)
+  more = f" ({MOST_LINES} of {len(lines)})" if len(lines) > MOST_LINES else ""
+  first, last = (f"{lines[shown[0]][1][i]:.4g}" for i in (0, -1))
+  alt = f"{group}: from {first} to {last}"
+  return {"title": short(group) + more, "alt": alt, "src": picture(figure)}
+
+
+def thin(x: list[float], y: list[float]) -> Curve:
+  """At most MOST_POINTS points: means of equal runs of neighbours."""
+  run = math.ceil(len(x) / MOST_POINTS)
+  cuts = range(0, len(x), run)
+  return tuple([statistics.fmean(v[i : i + run]) for i in cuts] for v in (x, y))
