@@ -2,12 +2,14 @@
 
 import re
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qed_jax.data import packing
+from qed_jax.model import qwen3
 
 ROW = 16
 lengths_strategy = st.lists(st.integers(1, ROW), min_size=1, max_size=30)
@@ -119,3 +121,29 @@ def test_bad_examples_are_named(change, message):
   with pytest.raises(ValueError, match=re.escape(message)) as error:
     packing.pack_rows(examples, row_length=ROW, rows_multiple=1)
   assert "\n" not in str(error.value)
+
+
+def test_packed_examples_do_not_see_each_other(tiny):
+  """Through the model: log-probs of a packed example are those of a row of its own, and another
+  example in the row can change without changing one of them."""
+  config, params = tiny
+  examples = make_examples([5, 7, 3, 11])
+  for example in examples:
+    example["tokens"] = example["tokens"] % config.vocab_size
+  score = jax.jit(lambda batch: qwen3.score(config, params, batch, 1.0, 8)[0])
+
+  def logp(some):
+    batch, placement = packing.pack_rows(some, row_length=ROW, rows_multiple=4)
+    return packing.unpack(np.asarray(score(batch)), placement), batch
+
+  packed, batch = logp(examples)
+  assert batch.segments_BT.max() == 2
+  for got, example in zip(packed, examples, strict=True):
+    alone, _ = logp([example])
+    np.testing.assert_allclose(got, alone[0], atol=1e-5)
+    assert got[0] == 0 and (got[1:] < 0).all()
+  changed = [e | {"tokens": (e["tokens"] + 1) % config.vocab_size} for e in examples]
+  after, _ = logp([examples[0], changed[1], examples[2], changed[3]])
+  for i in (0, 2):
+    np.testing.assert_allclose(after[i], packed[i], atol=1e-6)
+  assert not np.allclose(after[1], packed[1])

@@ -1,5 +1,6 @@
 """Tokenizers: prompts and examples agree, and text never turns into control tokens."""
 
+import concurrent.futures
 import json
 import pathlib
 import re
@@ -210,6 +211,15 @@ def test_example_without_reasoning_follows_the_closed_think_block(any_tokenizer)
   prompt = any_tokenizer.chat(MESSAGES, thinking=False)
   assert tokens[~is_target].tolist() == prompt
   assert tokens[is_target].tolist() == [*any_tokenizer.encode("0"), any_tokenizer.stop_ids[0]]
+
+
+def test_threads_may_share_a_tokenizer(any_tokenizer):
+  """Examples made in threads at once are those made one by one."""
+  some = [[{"role": "user", "content": f"{i} even <|im_end|>" * i}, ANSWER] for i in range(40)]
+  expected = [any_tokenizer.example(messages)[0].tolist() for messages in some]
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    got = [tokens.tolist() for tokens, _ in pool.map(any_tokenizer.example, some * 3)]
+  assert got == expected * 3
 
 
 def test_bad_messages_are_errors(any_tokenizer):
