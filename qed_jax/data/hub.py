@@ -20,7 +20,7 @@ def fetch(
   kind: "model" or "dataset". Files already in the local cache are not fetched again. Raises
   ValueError in one line without a revision or when the hub does not give the files.
   """
-  if revision is None:
+  if not revision:
     raise ValueError(f"hub {kind} {repo_id!r} needs a revision; give the commit hash to read")
   try:
     return pathlib.Path(
