@@ -76,8 +76,8 @@ def spread(rows: list[dict]) -> list[list[float]]:
   return [below, [max(r["high"] - r["score"], 0) for r in rows]]
 
 
-def draw_points(ax: Axes, rows: list[dict], at: str, colour: str, label: str) -> None:
-  x, low, high = ([r[k] for r in rows] for k in (at, "low", "high"))
+def draw_points(ax: Axes, x: list[float], rows: list[dict], colour: str, label: str) -> None:
+  low, high = ([r[k] for r in rows] for k in ("low", "high"))
   ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
   look = {"color": colour, "marker": "o", "ms": 4, "lw": 1.6, "elinewidth": 1, "capsize": 2}
   ax.errorbar(x, [r["score"] for r in rows], spread(rows), label=short(label), **look)
@@ -91,19 +91,26 @@ def span(results: list[dict]) -> tuple[float, float]:
 
 
 def scores(results: list[dict]) -> Figure:
-  """Left the score of every row, right the score after each turn; bars are the intervals."""
+  """Left the score of every row, hollow after the first turn; right after each turn."""
   figure = Figure(figsize=(11, max(3.6, 1.3 + 0.42 * len(results))), layout="constrained")
   left, right = figure.subplots(1, 2)
   for y, row in enumerate(results):
     colour = COLOURS[y % len(COLOURS)]
-    look = {"color": colour, "marker": "o", "ms": 6, "lw": 2, "capsize": 4}
-    left.errorbar([row["score"]], [y], xerr=spread([row]), **look)
+    first, *later = row["by_turn"]
+    look = {"color": colour, "marker": "o", "ms": 6, "capsize": 4}
+    if later:
+      left.plot([first["score"], row["score"]], [y, y], color=colour, lw=0.8, ls=":")
+      left.errorbar([first["score"]], [y], xerr=spread([first]), **look, lw=1, mfc="none")
+    left.errorbar([row["score"]], [y], xerr=spread([row]), **look, lw=2)
     place = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
     left.annotate(f"{row['score']:.2f}", (row["score"], y), **place)
-    draw_points(right, row["by_turn"], "turn", colour, row["label"])
+    turns = [r["turn"] for r in row["by_turn"]]
+    draw_points(right, turns, row["by_turn"], colour, row["label"])
   left.set_yticks(range(len(results)), [short(r["label"]) for r in results])
   left.set_ylim(len(results) - 0.4, -0.75)
-  left.set(title="Score, with its 95 % interval", xlabel="mean score", xlim=span(results))
+  several = any(len(r["by_turn"]) > 1 for r in results)
+  title = "Score after the last turn" + (" (hollow: after the first)" if several else "")
+  left.set(title=title, xlabel="mean score", xlim=span(results))
   left.grid(axis="y", visible=False)
   right.set(title="Score after each turn", xlabel="turn", ylabel="mean score", ylim=span(results))
   right.xaxis.get_major_locator().set_params(integer=True)
@@ -112,13 +119,23 @@ def scores(results: list[dict]) -> Figure:
 
 
 def scores_by_length(results: list[dict]) -> Figure:
+  """A line for every row; dotted the single pass of the last row that has one."""
   figure = Figure(figsize=(11, max(3.4, 0.8 + 0.19 * len(results))), layout="constrained")
   ax = figure.subplots()
+  names = list(dict.fromkeys(r["length"] for row in results for r in row["by_length"]))
+  alone = {}
   for i, row in enumerate(results):
-    if row["by_length"]:
-      draw_points(ax, row["by_length"], "length", COLOURS[i % len(COLOURS)], row["label"])
+    colour, x = COLOURS[i % len(COLOURS)], [names.index(r["length"]) for r in row["by_length"]]
+    if x:
+      draw_points(ax, x, row["by_length"], colour, row["label"])
+    once = [r["single_pass"] for r in row["by_length"]]
+    if x and all(once) and len(row["by_turn"]) > 1:
+      label = short(f"{short(row['label'], 20)}, first turn")
+      alone = {"y": [p["score"] for p in once], "x": x, "color": colour, "label": label}
+  if alone:
+    ax.plot(alone.pop("x"), alone.pop("y"), ls=":", lw=1.6, **alone)
+  ax.set_xticks(range(len(names)), [short(n, 16) for n in names])
   ax.set(xlabel="length of the problem", ylabel="mean score", ylim=span(results))
-  ax.xaxis.get_major_locator().set_params(integer=True)
   ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
   return figure
 
@@ -152,7 +169,9 @@ def panel(group: str, lines: dict[str, Curve]) -> dict:
   if len(set(lines[shown[0]][1])) == 1 == len(shown):
     ax.set_ylim(lines[shown[0]][1][0] - 1, lines[shown[0]][1][0] + 1)
   if len(lines) > 1:
-    ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=4, columnspacing=1)
+    longest = max(len(text) for text in ax.get_legend_handles_labels()[1])
+    columns = max(1, min(4, 40 // longest))
+    ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=columns, columnspacing=1)
   more = f" ({MOST_LINES} of {len(lines)})" if len(lines) > MOST_LINES else ""
   first, last = (f"{lines[shown[0]][1][i]:.4g}" for i in (0, -1))
   alt = f"{group}: from {first} to {last}"

@@ -4,9 +4,10 @@
 
 Reads, in the folder and below it, of every training run: metrics.jsonl, samples.jsonl, config.json,
 env.json; of every evaluation: eval.jsonl (a row for each problem and turn) and eval_summary.json:
-{"rows": [{label, stage, scaffold, turns, n, score, low, high, invalid, missing,
-by_turn: [{turn, score, low, high}], by_length: [{length, score, low, high, n}]}]}. What is not
-there is named in the report. Writes report.html and score_by_turn.png; same input, same bytes.
+{"rows": [{label, scaffold, turns, n, score, low, high, invalid, missing, truncated,
+tokens_per_turn, by_turn: [{turn, score, low, high}], by_length: [{length, score, low, high,
+single_pass}]}]}. What is not there is named in the report. Writes report.html and
+score_by_turn.png; the same input gives the same bytes.
 
 All text in those files is a model's or a stranger's: it is escaped, and the page's policy admits no
 script, no link out and no style but its own.
@@ -34,7 +35,7 @@ from matplotlib.figure import Figure
 
 from qed_jax import figures
 
-STAGES = ("sft", "rl", "cache_rl")
+STAGES = ("untrained", "sft", "rl", "cache_rl")
 PRUNED = {"checkpoints", "tb", "__pycache__"}
 LONGEST_TEXT = 6_000  # characters of one text that the page shows
 LONGEST_FILE = 20_000  # last rows of a JSONL file of texts
@@ -140,6 +141,8 @@ def curves(rows: Iterable[dict], notes: list[str]) -> dict[str, figures.Curve]:
   lost: Counter[str] = Counter()
   for row in rows:
     step = number(row.get("step"))
+    if isinstance(row.get("not_finite"), dict):
+      lost.update(clean(name) for name in row["not_finite"])
     for name, value in row.items() if step is not None else ():
       if name in ("step", "time") or isinstance(value, bool) or not isinstance(value, int | float):
         continue
@@ -168,38 +171,44 @@ def read_stage(workdir: Path, metrics: Path) -> Stage:
 def read_results(workdir: Path, notes: list[str]) -> list[dict]:
   """The rows of every eval_summary.json, with text and numbers where text and numbers belong."""
   results = []
-  for path in find(workdir, "eval_summary.json"):
+  paths = find(workdir, "eval_summary.json")
+  for path in paths:
     rows = read_object(path, notes).get("rows")
-    for row in rows if isinstance(rows, list) else []:
-      if not isinstance(row, dict) or number(row.get("score")) is None:
-        notes.append(f"{path.name}: a row without a score left out.")
+    for row in rows if isinstance(rows, list) else [None]:
+      if not isinstance(row, dict) or not interval(row):
+        notes.append(f"{clean(path.parent.name)}/{path.name}: a row without a score left out.")
         continue
-      names = [clean(row.get(k)) for k in ("stage", "scaffold") if row.get(k)]
+      by_turn = points(row.get("by_turn"), "turn")
+      columns = ("turns", "n", "invalid", "missing", "truncated", "tokens_per_turn")
       results.append({
-        "label": clean(row.get("label")) or " ".join(names) or f"row {len(results) + 1}",
+        "label": clean(row.get("label")) or clean(path.parent.name),
         "scaffold": clean(row.get("scaffold")),
-        **{k: number(row.get(k)) for k in ("turns", "n", "invalid", "missing")},
+        **{k: number(row.get(k)) for k in columns},
         **interval(row),
-        "by_turn": points(row.get("by_turn"), "turn")
-        or [{**interval(row), "turn": number(row.get("turns")) or 1.0}],
+        "by_turn": by_turn or [{**interval(row), "turn": number(row.get("turns")) or 1.0}],
         "by_length": points(row.get("by_length"), "length"),
       })  # fmt: skip
-  if not results:
+  if not paths:
     notes.append("eval_summary.json is not there: nothing in this folder was evaluated.")
   return results
 
 
-def interval(row: dict) -> dict:
-  """score, low and high; without an interval all three are the score."""
-  score = number(row["score"])
+def interval(row: object) -> dict:
+  """score, low and high, or {} without a score; without an interval all three are the score."""
+  if not isinstance(row, dict) or (score := number(row.get("score"))) is None:
+    return {}
   ends = {end: number(row.get(end)) for end in ("low", "high")}
   return {"score": score, **{k: score if v is None else v for k, v in ends.items()}}
 
 
 def points(rows: object, at: str) -> list[dict]:
-  rows = [r for r in rows if isinstance(r, dict)] if isinstance(rows, list) else []
-  rows = [r for r in rows if number(r.get(at)) is not None and number(r.get("score")) is not None]
-  return sorted(({at: number(r[at]), **interval(r)} for r in rows), key=lambda r: r[at])
+  """Rows with a score, in their order; a turn is a number, a length the name of a group."""
+  points = []
+  for row in rows if isinstance(rows, list) else ():
+    if interval(row) and (at != "turn" or number(row.get(at)) is not None):
+      place = number(row[at]) if at == "turn" else clean(row.get(at))
+      points.append({at: place, **interval(row), "single_pass": interval(row.get("single_pass"))})
+  return points
 
 
 # --- tables and examples
@@ -292,7 +301,7 @@ def examples(rows: list[dict], group: Callable[[dict], object]) -> list[dict]:
 
 
 def problem_of(row: dict) -> object:
-  return [row.get(k) for k in ("problem_id", "id", "problem", "attempt", "seed")]
+  return [row.get(k) for k in ("problem_id", "problem", "sample", "attempt")]
 
 
 def sample_examples(stage: Stage) -> tuple[str, list[dict]]:
@@ -305,15 +314,17 @@ def sample_examples(stage: Stage) -> tuple[str, list[dict]]:
 
 
 def eval_examples(workdir: Path, notes: list[str]) -> list[tuple[str, list[dict]]]:
-  named: dict[str, list[dict]] = {}
+  """Of every eval.jsonl, under the label of the eval_summary.json beside it."""
+  groups = []
   for path in find(workdir, "eval.jsonl"):
-    for row in read_lines(path, notes, LONGEST_FILE):
-      names = [row.get("label")] if row.get("label") else [row.get("stage"), row.get("scaffold")]
-      title = " ".join(clean(n) for n in names if n) or clean(path.parent.name)
-      named.setdefault(title, []).append(row)
-  if not named:
+    rows = read_object(path.with_name("eval_summary.json"), []).get("rows")
+    labels = [r.get("label") for r in rows if isinstance(r, dict)] if isinstance(rows, list) else []
+    label = clean(labels[0]) if len(labels) == 1 else clean(path.parent.name)
+    found = examples(read_lines(path, notes, LONGEST_FILE), problem_of)
+    groups.append((f"{label}, evaluation", found))
+  if not groups:
     notes.append("eval.jsonl is not there: no examples of evaluated proofs.")
-  return [(f"{title}, evaluation", examples(rows, problem_of)) for title, rows in named.items()]
+  return groups
 
 
 # --- the page

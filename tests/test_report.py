@@ -139,45 +139,49 @@ def make_run(folder, stage, *, steps=30, text="a = 3 + 4 = 7"):
   (folder / "env.json").write_text(json.dumps({"jax": "0.10.2", "device": f"cpu {text}"}))
 
 
-def make_evaluation(folder, *, text="a = 7", rows=4):
+def make_evaluation(folder, label, level, turns, *, text="a = 7"):
+  """An evaluation as evaluate.py leaves it; `level` raises its scores."""
   folder.mkdir(parents=True)
-  table, problems = [], []
-  models = [("cache RL", 6), ("RL", 1), ("SFT", 1), ("untrained", 1)][:rows][::-1]
-  for i, (label, turns) in enumerate(models):
-    at = [min(7.0, 0.3 + 1.6 * i + 0.25 * t) for t in range(turns)]
-    ends = [{"turn": t + 1, "score": s, "low": s - 0.2, "high": s + 0.2} for t, s in enumerate(at)]
-    table.append({
-      "label": f"{label} {text}",
-      "stage": label,
-      "scaffold": "reasoning_cache",
-      "turns": turns,
-      **{k: ends[-1][k] for k in ("score", "low", "high")},
-      "by_turn": ends,
-      "by_length": [{**ends[-1], "length": n, "n": 20} for n in (2, 6, 12)],
-      "n": 200,
-      "invalid": 0,
-      "missing": 1,
-    })  # fmt: skip
-    words = ("summary_before", "reasoning", "proof", "summary_after", "feedback")
-    problems += [
-      {
-        "label": f"{label} {text}",
-        "problem": {"id": f"p{p}", "statement": f"problem {p} {text}", "rubric": text},
-        "turn": t + 1,
-        "score": min(7, p + t),
-        **dict.fromkeys(words, text),
-      }
-      for p in range(5)
-      for t in range(turns)
-    ]
-  (folder / "eval_summary.json").write_text(json.dumps({"rows": table}))
-  lines(folder / "eval.jsonl", problems)
+  at = [min(7.0, 0.3 + 1.6 * level + 0.25 * t) for t in range(turns)]
+  ends = [{"turn": t + 1, "score": s, "low": s - 0.2, "high": s + 0.2} for t, s in enumerate(at)]
+  summary = {
+    "label": label,
+    "scaffold": "reasoning_cache",
+    **ends[-1],
+    "turns": turns,
+    "by_turn": ends,
+    "by_length": [{**ends[-1], "length": n, "single_pass": ends[0]} for n in ("2", "6", text)],
+    "n": 200,
+    "invalid": 0,
+    "missing": 1,
+    "truncated": 0.25,
+    "tokens_per_turn": 31.5,
+  }
+  (folder / "eval_summary.json").write_text(json.dumps({"rows": [summary]}))
+  words = ("summary", "reasoning", "proof", "summary_after", "feedback", "reason")
+  rows = [
+    {
+      "problem_id": f"p{p}",
+      "problem": f"problem {p} {text}",
+      "rubric": text,
+      "sample": 0,
+      "turn": t + 1,
+      "score": min(7, p + t),
+      "finish_reason": "stop",
+      **dict.fromkeys(words, text),
+    }
+    for p in range(5)
+    for t in range(turns)
+  ]
+  lines(folder / "eval.jsonl", rows)
 
 
 def make_workdir(folder, text="a = 3 + 4 = 7"):
   for stage in ("cache_rl", "rl", "sft"):
     make_run(folder / stage, stage, text=text)
-  make_evaluation(folder / "evaluate", text=text)
+  models = {"untrained": 1, "sft": 1, "rl": 1, "cache_rl": 6}
+  for level, (name, turns) in enumerate(models.items()):
+    make_evaluation(folder / "evaluate" / name, f"the {name} model", level, turns, text=text)
   return folder
 
 
@@ -216,6 +220,8 @@ def test_stages_come_in_the_order_of_training(page):
   """sft, rl, cache_rl, whatever the order of the folders' names."""
   headings = re.findall(r'<h2 id="stage-\d">(\w+)</h2>', page)
   assert headings == ["sft", "rl", "cache_rl"]
+  labels = re.findall(r'<th scope="row">the (\w+) model</th>', page)
+  assert labels == ["untrained", "sft", "rl", "cache_rl"]
 
 
 def test_scores_and_texts_are_on_the_page(page):
@@ -230,7 +236,7 @@ def test_scores_and_texts_are_on_the_page(page):
 
 def test_turns_are_columns(page):
   """An example has a column for each turn of its problem, in the order of the turns."""
-  tables = re.findall(r'<table class="turns">.*?</table>', page, re.S)
+  tables = re.findall(r'<table class="turns[^"]*">.*?</table>', page, re.S)
   assert tables
   columns = [re.findall(r"<th scope=\"col\">Turn (\d)", t) for t in tables]
   assert ["1", "2", "3"] in columns and ["1", "2", "3", "4", "5", "6"] in columns
@@ -269,7 +275,7 @@ def test_payloads_stay_text(tmp_path, wrap):
   lines(tmp_path / "sft" / "metrics.jsonl", metrics)
   (tmp_path / "sft" / "config.json").write_text(json.dumps({t: {t: t} for t in texts}))
   for number, text in enumerate(texts):
-    make_evaluation(tmp_path / str(number), text=text, rows=1)
+    make_evaluation(tmp_path / str(number), text, 2, 3, text=text)
   page = page_of(tmp_path)
   assert violations(page) == []
   shown = "".join(Page(page).text)
@@ -317,14 +323,29 @@ def test_an_empty_folder_is_reported_as_such(tmp_path):
   assert not (tmp_path / "score_by_turn.png").exists()
 
 
+def test_no_grade_at_all_is_no_point(tmp_path):
+  """A turn, a length or a whole evaluation without a grade is left out and named."""
+  make_evaluation(tmp_path / "a", "half", 1, 3)
+  path = tmp_path / "a" / "eval_summary.json"
+  [row] = json.loads(path.read_text())["rows"]
+  row["by_turn"][1]["score"] = row["by_length"][0]["score"] = None
+  path.write_text(json.dumps({"rows": [row, {**row, "score": None}]}))
+  notes = []
+  [result] = report.read_results(tmp_path, notes)
+  assert [p["turn"] for p in result["by_turn"]] == [1, 3]
+  assert [p["length"] for p in result["by_length"]] == ["6", "a = 7"]
+  assert notes == ["a/eval_summary.json: a row without a score left out."]
+
+
 def test_broken_lines_are_counted(tmp_path):
   """A line cut by a kill, and one that is no object, cost themselves only."""
   make_run(tmp_path / "sft", "sft", steps=5)
   with (tmp_path / "sft" / "metrics.jsonl").open("a") as f:
-    f.write('[1]\n{"step": 5, "loss": NaN}\n{"step": 6, "lo')
+    f.write('[1]\n{"step": 5, "loss": NaN}\n')
+    f.write('{"step": 5, "loss": null, "not_finite": {"loss": "nan"}}\n{"step": 6, "lo')
   page = page_of(tmp_path)
   assert "metrics.jsonl: 2 unreadable lines left out." in page
-  assert "loss: 1 value(s) not finite" in page
+  assert "loss: 2 value(s) not finite" in page
   assert "Last step 4" in page
 
 
