@@ -50,6 +50,6 @@ def get_config(variant: str = "") -> ConfigDict:
   else:
     c.rollout.problems = 32
     c.mesh.tensor = 4
-    c.batch.row_length = 53_248
+    c.batch.row_length = c.rollout.max_length = 53_248
     c.optimizer.clip_norm = 76.8
   return c

@@ -21,6 +21,7 @@ def base() -> ConfigDict:
   c.init = QWEN3
   c.init_revision = "main"
   c.tokenizer = ""  # a folder or hub id; "" takes the one that comes with init
+  c.tokenizer_revision = "main"
   c.model = ConfigDict({
     "preset": "",  # "" reads the sizes from init's config.json
     "dtype": "bfloat16",
@@ -40,7 +41,7 @@ def base() -> ConfigDict:
     "weight_decay": 0.01,
     "decay_norms": False,
     "clip_norm": 1.0,
-    "state_dtype": "float32",
+    "mu_dtype": "float32",  # of the first moment; the second is float32
   })  # fmt: skip
   c.batch = ConfigDict({
     "row_length": 0,  # tokens of a packed row

@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     "min_reward_mean": 0.0,
     "max_reward_mean": 1.0,
     "max_bad_share": 0.01,
-    "rows": 0,
+    "size": 0,  # problems to make, where the source makes them
   })  # fmt: skip
   c.judge = common.rubric_judge()
   c.rollout = ConfigDict({
@@ -45,7 +45,7 @@ def get_config(variant: str = "") -> ConfigDict:
     "top_p": 1.0,
     "top_k": 0,
     "slots": 256,
-    "max_length": 53_248,
+    "max_length": 49_920,  # prompt and completion
     "chunk": 64,  # tokens decoded per host call
     "prefill_rows": 8,
   })  # fmt: skip
@@ -65,17 +65,18 @@ def get_config(variant: str = "") -> ConfigDict:
     common.tiny(c)
     c.steps = 60
     c.optimizer.update(lr=3e-4, clip_norm=1.0)
-    c.data.update(source="tiny_world", revision="", rows=20_000)
+    c.data.update(source="tiny_world", revision="", size=20_000)
     c.judge = common.exact_judge()
     c.rollout.update(problems=16, attempts=8, prompt="tiny_reason", max_tokens=40, temperature=1.0)
     c.rollout.update(slots=128, max_length=128, chunk=16, prefill_rows=128)
+    c.batch.update(row_length=128, rows=32)
   elif variant == "gpu":
     c.mesh.tensor = 1
     c.rollout.update(problems=16, attempts=8, max_tokens=16_384, slots=48, max_length=20_480)
     c.batch.update(row_length=20_480, rows=4, microbatch_rows=1)
   elif variant == "colab":
     common.colab(c)
-    c.rollout.update(problems=2, attempts=8, max_tokens=2_048, slots=8, max_length=3_072)
+    c.rollout.update(problems=2, attempts=8, max_tokens=2_048, slots=8, max_length=4_096)
     c.batch.update(row_length=4_096, rows=4, microbatch_rows=1)
   elif variant:
     raise ValueError(f"this config has no variant {variant!r}: use tiny, colab or gpu")

@@ -37,12 +37,12 @@ def get_config(variant: str = "") -> ConfigDict:
     "split": "train",
     "prompt": "prove",
     "max_bad_share": 0.01,
-    "rows": 0,  # rows to make, where the source makes them
+    "size": 0,  # rows to make, where the source makes them
     "read_threads": 4,
   })  # fmt: skip
   if variant == "tiny":
     common.tiny(c)
-    c.data.update(source="tiny_world", revision="", rows=20_000, prompt="tiny_reason")
+    c.data.update(source="tiny_world", revision="", size=20_000, prompt="tiny_reason")
   elif variant == "gpu":
     c.mesh.tensor = 1
     c.batch.update(row_length=32_768, rows=8, microbatch_rows=1)

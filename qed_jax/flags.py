@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 # What a number may be; a field is looked up by its last name.
@@ -20,6 +20,7 @@ CHOICES = {
   "schedule": ("constant", "cosine"),
   "dtype": ("bfloat16", "float32"),
   "param_dtype": ("bfloat16", "float32"),
+  "mu_dtype": ("bfloat16", "float32"),
   "remat": ("none", "dots", "layer"),
   "reward": ("rubric", "answer", "exact"),
   "policy_loss": ("ppo", "reinforce"),
@@ -54,6 +55,7 @@ def run(main: Callable[[ConfigDict, str], None], needs_workdir: bool = True) -> 
   Whatever is wrong with the command line or the config is printed as one line, exit code 2; so is a
   ValueError or FileNotFoundError out of main, which is how the parts report what a user can mend.
   """
+  logging.set_verbosity(logging.WARNING)  # --verbosity=0 brings back what Orbax has to say
   sys.path.insert(0, str(Path(__file__).parents[1]))  # `from configs import common` in configs
   config = config_flags.DEFINE_config_file("config", lock_config=True, help_string="config file")
   workdir = flags.DEFINE_string("workdir", None, "folder of the run; run again to resume")

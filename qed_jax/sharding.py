@@ -111,6 +111,11 @@ def put(mesh: Mesh, tree, letters: str):
   return jax.tree.map(place, tree)
 
 
-def replicate(mesh: Mesh, tree):
+def whole(mesh: Mesh) -> NamedSharding:
   """The same value on every device."""
-  return jax.device_put(tree, NamedSharding(mesh, P()))
+  return NamedSharding(mesh, P())
+
+
+def replicate(mesh: Mesh, tree):
+  """Host values -> the same arrays on every device."""
+  return jax.device_put(tree, whole(mesh))

@@ -5,6 +5,7 @@ again to resume. SIGTERM saves and exits with code 0. Metrics go to metrics.json
 rollouts to samples.jsonl, both in the workdir.
 """
 
+import dataclasses
 import signal
 import time
 
@@ -35,23 +36,26 @@ def main(config, folder: str) -> None:
   tokenizer = jobs.tokenizer(config, start, root)
   policy.check_vocabulary(model, tokenizer)
   examples = jobs.data(config)
-  workdir.write_run_files(root, config.to_dict())
-  policy.save_description(root / "model", model, tokenizer)
 
   with jax.set_mesh(mesh):
     # --- Optimizer and state -------------------------------------------------------------------
-    optimizer, schedule = optim.make_optimizer(**optimizer_arguments(config))
+    optimizer = optim.make_optimizer(**optimizer_arguments(config))
     abstract = abstract_state(model, optimizer, mesh, config.model.param_dtype)
     checkpoints = Checkpoints(root / "checkpoints", keep=config.checkpoint.keep)
     restored = checkpoints.restore_latest(abstract)
     if restored is None:
       first, host_state = 0, None
       params = policy.load_params(start, model, abstract["params"], config.seed)
-      opt_state = jax.jit(optimizer.init, out_shardings=layout(abstract["opt_state"]))(params)
+      opt_state = jax.jit(optimizer.transform.init, out_shardings=layout(abstract["opt_state"]))(
+        params
+      )
       state = {"params": params, "opt_state": opt_state}
     else:
       first, state, host_state = restored
       print(f"resuming {root} from step {first}", flush=True)
+
+    workdir.write_run_files(root, config.to_dict())
+    policy.save_description(root / "model", model, tokenizer)
 
     # --- The stream of batches, and what to do with one -----------------------------------------
     stopped = on_sigterm()
@@ -61,30 +65,34 @@ def main(config, folder: str) -> None:
     if host_state is not None:
       stream.restore(host_state["stream"])
     update = jax.jit(
-      make_update(config, model, optimizer, schedule),
+      make_update(config, model, optimizer),
       donate_argnums=0,
       out_shardings=(layout(abstract), None),
     )
+
+    add_reference = reference_scorer(config, model, start, abstract["params"])
 
     # --- The loop ------------------------------------------------------------------------------
     writer = metrics.MetricWriter(root, first)
     samples = jobs.SampleLog(root / "samples.jsonl", first, config.log.samples)
     progress = metrics.Progress(config.job, first, config.steps)
+    phases = metrics.Phases()
     health = Health(root, config.max_skipped_steps)
     step = first
     for step in range(first, config.steps):
-      began = time.perf_counter()
-      produced = stream.next(state["params"], step)
-      if produced is None or stopped():
+      with phases("data"):
+        produced = stream.next(state["params"], step)
+      if produced is None:
         break
       batch, info, rollouts = produced
-      waited = time.perf_counter() - began
-      on_device = sharding.put(mesh, batch, "BT")
-      with jax.transfer_guard("disallow"):
-        state, measured = update(state, on_device)
-      info |= finalise(measured)
-      seconds = time.perf_counter() - began
-      info |= speed(model, batch, seconds - waited, waited, seconds)
+      with phases("train") as phase:
+        on_device = add_reference(sharding.put(mesh, batch, "BT"))
+        with jax.transfer_guard("disallow"):
+          state, measured = update(state, on_device)
+        info |= finalise(measured)
+        phase.tokens += int(np.sum(batch.segments_BT > 0)) * jax.process_count()
+      info |= phases.metrics()
+      info |= utilisation(model, batch, info["seconds/train"])
       health.check(step, info, batch)
       if (step + 1) % config.log.every == 0 or step + 1 == config.steps:
         writer.write(step + 1, info)
@@ -104,11 +112,12 @@ def main(config, folder: str) -> None:
     checkpoints.close()
     stream.close()
     writer.close()
+    samples.close()
     progress.close()
     print(f"{'stopped' if step < config.steps else 'finished'} at step {step}: {root}", flush=True)
 
 
-def make_update(config, model, optimizer, schedule):
+def make_update(config, model, optimizer):
   """(state, batch) -> (state, summed metrics): gradients over microbatches, one optimizer step."""
   objective = dict(config.objective) if config.job != "sft" else {}
   temperature = config.rollout.temperature if config.job != "sft" else 1.0
@@ -152,6 +161,22 @@ def make_update(config, model, optimizer, schedule):
   return update
 
 
+def reference_scorer(config, model, start, abstract):
+  """Batch -> Batch with log-probs of the policy that the run began from, where KL asks for them.
+
+  The reference is kept in the compute dtype.
+  """
+  if config.job == "sft" or config.objective.kl_coef == 0:
+    return lambda batch: batch
+  compute = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, config.model.dtype, sharding=x.sharding), abstract
+  )
+  reference = policy.load_params(start, model, compute, config.seed)
+  temperature, chunk = config.rollout.temperature, config.model.score_chunk
+  score = jax.jit(lambda params, batch: qwen3.score(model, params, batch, temperature, chunk)[0])
+  return lambda batch: dataclasses.replace(batch, reference_logp_BT=score(reference, batch))
+
+
 def optimizer_arguments(config) -> dict:
   """The optimizer block under optim.make_optimizer's names."""
   fields = dict(config.optimizer)
@@ -161,8 +186,12 @@ def optimizer_arguments(config) -> dict:
 def abstract_state(model, optimizer, mesh, param_dtype: str) -> dict:
   """Shapes, dtypes and shardings of everything that is trained; nothing is allocated."""
   params = policy.abstract_params(model, mesh, param_dtype)
-  opt_state = jax.eval_shape(optimizer.init, params)
-  return {"params": params, "opt_state": policy.laid_out_like(optimizer, opt_state, params, mesh)}
+  shapes = jax.eval_shape(optimizer.transform.init, params)
+  placed = optim.state_shardings(optimizer, params, layout(params), sharding.whole(mesh))
+  opt_state = jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placed
+  )
+  return {"params": params, "opt_state": opt_state}
 
 
 def layout(abstract):
@@ -170,19 +199,11 @@ def layout(abstract):
   return jax.tree.map(lambda x: x.sharding, abstract)
 
 
-def speed(model, batch, training: float, waiting: float, total: float) -> dict[str, float]:
-  """Seconds and tokens a second by phase; MFU where the chip's peak is known."""
-  tokens = int(np.sum(batch.segments_BT > 0)) * jax.process_count()
+def utilisation(model, batch, seconds: float) -> dict[str, float]:
+  """MFU of the update, where the chip's peak is known."""
   done = flops.training(model, batch.positions_BT, batch.segments_BT) * jax.process_count()
-  values = {
-    "seconds/step": total,
-    "seconds/data": waiting,
-    "seconds/train": training,
-    "tokens_per_s/train": tokens / training,
-  }
-  device = jax.devices()[0]
-  mfu = metrics.mfu(done, training, device.device_kind, jax.device_count())
-  return values if mfu is None else values | {"mfu": mfu}
+  share = metrics.mfu(done, seconds, jax.devices()[0].device_kind, jax.device_count())
+  return {} if share is None else {"mfu": share}
 
 
 class Health:

@@ -77,7 +77,7 @@ class Experience:
     collected = asyncio.run(unless(self.stopped, self._collect(step)))
     if collected is None:
       return None
-    rollouts_PA, written, roll_in = collected
+    rollouts_PA, written, roll_in, self.buffer = collected
     seconds = time.perf_counter() - start
     batch, metrics = self._batch(rollouts_PA, written)
     rollouts = [r for group in rollouts_PA for r in group]
@@ -112,13 +112,14 @@ class Experience:
       picked.append(self.problems[int(order[index % size])])
     return picked
 
-  async def _groups(self, step: int) -> tuple[list[Group], int]:
-    """The step's groups, and the tokens spent on getting there."""
+  async def _groups(self, step: int):
+    """The step's groups, the tokens spent on the way, and the buffer once the step is done."""
     problems = self.problems_of(step)
     seeds = [turn_seed(self.config.seed, step, p.id) for p in problems]
     if self.config.job == "rl":
       pairs = zip(problems, seeds, strict=True)
-      return [Group(State(p, "", 1), f"{p.id}/{i}", s) for i, (p, s) in enumerate(pairs)], 0
+      groups = [Group(State(p, "", 1), f"{p.id}/{i}", s) for i, (p, s) in enumerate(pairs)]
+      return groups, 0, self.buffer
     return await self._cache_groups(step, problems, seeds)
 
   async def _cache_groups(self, step, problems, seeds):
@@ -152,8 +153,9 @@ class Experience:
     )
     if not solutions:
       raise ValueError(f"step {step}: every prompt is longer than rollout.max_length: raise it")
+    buffer = self.buffer
     if cache.replay:
-      self.buffer = reasoning_cache.replace(self.buffer, {
+      buffer = reasoning_cache.replace(buffer, {
         s.problem.id: reasoning_cache.continued(
           start, [t.summary_after for t in s.turns if t.summary_completion], step)
         for s, start in zip(solutions, starts, strict=True)
@@ -181,7 +183,7 @@ class Experience:
       for c in (t.completion, t.summary_completion)
       if c
     )
-    return groups, spent
+    return groups, spent, buffer
 
   async def _siblings(self, solution, group: Group) -> list[Group]:
     """More summaries of the same trace, to compare with the one that the roll-in went on with."""
@@ -206,10 +208,10 @@ class Experience:
   # --- attempts ------------------------------------------------------------------------------
 
   async def _collect(self, step: int):
-    groups, roll_in = await self._groups(step)
+    groups, roll_in, buffer = await self._groups(step)
     rollouts_PA = await asyncio.gather(*(self._attempt(g) for g in groups))
     written = groups if self.config.job == "cache_rl" and self.config.cache.summaries > 1 else []
-    return rollouts_PA, written, roll_in
+    return rollouts_PA, written, roll_in, buffer
 
   async def _attempt(self, group: Group) -> list[Rollout]:
     """A graded attempts at one state."""

@@ -1,14 +1,15 @@
 """What each job trains on: its data, its tokenizer, and its stream of Batches."""
 
-import asyncio
-import json
+import dataclasses
+import functools
 import os
 
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
-from qed_jax import prompts, records
+from qed_jax import metrics, prompts, records
 from qed_jax.chat import Endpoint, HttpChat
 from qed_jax.data import problems, sft, tiny_world
 from qed_jax.data import tokenizer as tokenizers
@@ -19,13 +20,14 @@ from qed_jax.rollout.experience import Experience
 from qed_jax.scaffolds.proof import split_proof
 
 TINY_WORLD = "tiny_world"
+COMPARISON_S = 10.0  # for one final answer against another
 SMALLEST_BUCKET = 64  # shortest padded prompt of a prefill
 
 
 def tokenizer(config, start: policy.Start, root: epath.Path) -> tokenizers.Tokenizer:
   """config.tokenizer, or the one beside the parameters, or the tiny world's, trained here."""
   if config.tokenizer:
-    return tokenizers.load(config.tokenizer)
+    return tokenizers.load(config.tokenizer, config.tokenizer_revision)
   if start.folder is not None:
     return tokenizers.load(start.folder)
   if config.data.source != TINY_WORLD:
@@ -40,8 +42,8 @@ def data(config):
   block = config.data
   if block.source == TINY_WORLD:
     if config.job == "sft":
-      return tiny_world.sft_rows(config.seed, block.rows)
-    return tiny_world.problems(config.seed, block.rows, "train")
+      return tiny_world.sft_rows(config.seed, block.size)
+    return tiny_world.problems(config.seed, block.size, "train")
   where = {"revision": block.revision, "split": block.split, "max_bad_share": block.max_bad_share}
   if config.job == "sft":
     return sft.load(block.source, config=block.subset, **where)[0]
@@ -80,6 +82,10 @@ class Rows:
     if self.stopped():
       return None
     batch = next(self.iterator)
+    if jax.process_count() > 1:  # the mean is over the targets of all hosts
+      targets = np.array(np.count_nonzero(batch.weight_BT))
+      total = int(multihost_utils.process_allgather(targets).sum())
+      batch = dataclasses.replace(batch, weight_BT=sft.normalise(batch.weight_BT, total))
     share = float(np.mean(batch.segments_BT > 0))
     return batch, {"packing_efficiency": share, "rows_too_long": len(self.too_long)}, []
 
@@ -100,6 +106,11 @@ def stream(config, model, mesh, tokenizer, examples, start, params_layout, root,
   if jax.process_count() > 1:
     raise ValueError(
       f"job {config.job!r} on {jax.process_count()} hosts: RL runs on one host, SFT on many"
+    )
+  if config.rollout.max_length > config.batch.row_length:
+    raise ValueError(
+      f"config.rollout.max_length is {config.rollout.max_length} and config.batch.row_length "
+      f"{config.batch.row_length}: a row must hold the longest rollout"
     )
   engine = make_engine(model, mesh, config.rollout, tokenizer)
   summariser = None
@@ -143,11 +154,15 @@ def frozen_summariser(config, model, mesh, tokenizer, start, params_layout):
 
 def grader(judge, root: epath.Path):
   """async (problem, proof) -> Grade, by the kind that config.judge.reward names."""
-  if judge.reward == "exact":
-    return in_thread(exact.grade)
   if judge.reward == "answer":
-    return in_thread(answer.grade)
-  return rubric_grader(judge, root)
+    return functools.partial(answer.grade, checker=answer.Checker(COMPARISON_S))
+  if judge.reward == "rubric":
+    return rubric_grader(judge, root)
+
+  async def grade(problem, proof):
+    return exact.grade(problem, proof)
+
+  return grade
 
 
 def rubric_grader(judge, root: epath.Path):
@@ -177,47 +192,34 @@ def rubric_grader(judge, root: epath.Path):
     token_budget=judge.token_budget,
     cache=str(root / judge.cache) if judge.cache and "://" not in str(root) else judge.cache,
   )
-  template = prompts.load(judge.template)
-
-  async def grade(problem, proof):
-    return await rubric.grade(
-      problem,
-      proof,
-      chat,
-      template=template,
-      scale=tuple(judge.scale),
-      attempts=judge.samples,
-      on_invalid=judge.on_invalid,
-      max_tokens=judge.max_tokens,
-      temperature=judge.temperature,
-    )
-
-  return grade
-
-
-def in_thread(grade):
-  """A plain grader as a coroutine that does not hold up the sampling."""
-
-  async def call(problem, proof):
-    return await asyncio.to_thread(grade, problem, proof)
-
-  return call
+  return functools.partial(
+    rubric.grade,
+    chat=chat,
+    template=prompts.load(judge.template),
+    scale=tuple(judge.scale),
+    attempts=judge.samples,
+    on_invalid=judge.on_invalid,
+    max_tokens=judge.max_tokens,
+    temperature=judge.temperature,
+  )
 
 
 class SampleLog:
   """samples.jsonl: a few graded rollouts a step, to be read by people and by report.py."""
 
-  def __init__(self, path: epath.Path, per_step: int):
-    self.path, self.per_step = path, per_step
+  def __init__(self, path: epath.Path, first: int, per_step: int):
+    """first: the step that the run resumes from; rows of later steps will be written again."""
+    self.file, self.per_step = metrics.JsonLines(path, first), per_step
 
   def write(self, step: int, rollouts: list[records.Rollout]) -> None:
     """Attempts spread evenly over the step's rollouts."""
-    if not rollouts or not self.per_step or jax.process_index() != 0:
-      return
-    stride = max(1, len(rollouts) // self.per_step)
-    with self.path.open("a") as file:
+    if rollouts and self.per_step:
+      stride = max(1, len(rollouts) // self.per_step)
       for rollout in rollouts[::stride][: self.per_step]:
-        file.write(json.dumps({"step": step, **readable(rollout)}) + "\n")
+        self.file.write({"step": step, **readable(rollout)})
+
+  def close(self) -> None:
+    self.file.close()
 
 
 def readable(rollout: records.Rollout) -> dict:

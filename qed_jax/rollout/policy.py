@@ -13,9 +13,8 @@ from pathlib import Path
 import huggingface_hub
 import jax
 import jax.numpy as jnp
-import optax
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from qed_jax import checkpoint, sharding
 from qed_jax.data.tokenizer import Tokenizer
@@ -95,10 +94,10 @@ def check_memory(config) -> None:
     return
   model = presets.from_preset(name, dtype="bfloat16", remat="layer", attention="auto")
   count = sum(math.prod(shape) for shape in qwen3.shapes(model).values())
-  parameter, moment = (
-    jnp.dtype(t).itemsize for t in (config.model.param_dtype, config.optimizer.state_dtype)
+  parameter, first_moment = (
+    jnp.dtype(t).itemsize for t in (config.model.param_dtype, config.optimizer.mu_dtype)
   )
-  needed = count * (2 * parameter + 2 * moment) / 1e9
+  needed = count * (2 * parameter + first_moment + 4) / 1e9  # the second moment is float32
   device, devices = jax.devices()[0], jax.device_count()
   stats = device.memory_stats() or {}
   if "bytes_limit" in stats:
@@ -125,22 +124,6 @@ def abstract_params(model: qwen3.Qwen3Config, mesh, dtype: str) -> dict:
   }  # fmt: skip
   return qwen3.unflatten(
     {p: jax.ShapeDtypeStruct(s, dtype, sharding=layout[p]) for p, s in shapes.items()}
-  )
-
-
-def laid_out_like(optimizer, opt_state, params, mesh):
-  """An abstract optimizer state: moments laid out as their parameters, the rest on every device."""
-
-  def struct(x, layout):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
-
-  whole = NamedSharding(mesh, PartitionSpec())
-  return optax.tree_utils.tree_map_params(
-    optimizer,
-    lambda x, p: struct(x, p.sharding if x.shape == p.shape else whole),
-    opt_state,
-    params,
-    transform_non_params=lambda x: struct(x, whole),
   )
 
 
