@@ -49,61 +49,87 @@ def from_preset(name: str, *, dtype: str, remat: str, attention: str) -> Qwen3Co
 def from_hf(config: dict, *, dtype: str, remat: str, attention: str) -> Qwen3Config:
   """A parsed config.json -> Qwen3Config; rope_theta from either home that transformers gave it.
 
-  Raises ValueError for another architecture, scaled rope, biases or a sliding window: the model would
-  load and be wrong.
+  Raises ValueError, one line, for another architecture, scaled rope, biases or a sliding window
+  (such a model would load and be wrong), and for a field that is missing or impossible.
   """
   if config.get("model_type") != "qwen3":
     raise ValueError(
       f"config.json has model_type={config.get('model_type')!r}: need 'qwen3' (dense)"
     )
-  parameters = config.get("rope_parameters") or {}
-  scaling = config.get("rope_scaling") or {}
-  kind = {**parameters, **scaling}.get("rope_type", scaling.get("type", "default"))
+  # transformers' precedence: the old dictionary replaces the new one, the flat theta comes last.
+  rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+  if not isinstance(rope, dict):
+    raise ValueError(f"config.json has rope_parameters={rope!r}: need a dictionary")
   refused = {
-    "rope type": (kind, "default"),
+    "rope type": (rope.get("rope_type", rope.get("type", "default")), "default"),
     "attention_bias": (bool(config.get("attention_bias")), False),
     "use_sliding_window": (bool(config.get("use_sliding_window")), False),
+    "sliding layer_types": ("sliding" in str(config.get("layer_types")), False),
     "hidden_act": (config.get("hidden_act", "silu"), "silu"),
   }
   for field, (value, supported) in refused.items():
     if value != supported:
       raise ValueError(f"config.json has {field}={value!r}: only {supported!r} is supported")
-  theta = parameters.get("rope_theta", config.get("rope_theta"))
-  if theta is None:
-    raise ValueError("config.json has no rope_theta (flat or in rope_parameters): add it")
-  try:
-    heads = config["num_attention_heads"]
-    return Qwen3Config(
-      vocab_size=config["vocab_size"],
-      hidden_size=config["hidden_size"],
-      intermediate_size=config["intermediate_size"],
-      num_layers=config["num_hidden_layers"],
-      num_heads=heads,
-      num_kv_heads=config.get("num_key_value_heads") or heads,
-      head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-      rope_theta=float(theta),
-      max_position=config["max_position_embeddings"],
-      rms_norm_eps=config["rms_norm_eps"],
-      tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-      dtype=dtype,
-      remat=remat,
-      attention=attention,
-    )
-  except KeyError as e:
+  fields = {**config, "rope_theta": rope.get("rope_theta", config.get("rope_theta"))}
+  heads, hidden = _size(fields, "num_attention_heads"), _size(fields, "hidden_size")
+  fields["num_key_value_heads"] = fields.get("num_key_value_heads") or heads
+  fields["head_dim"] = fields.get("head_dim") or hidden // heads
+  kv_heads, head_dim = _size(fields, "num_key_value_heads"), _size(fields, "head_dim")
+  if heads % kv_heads:
     raise ValueError(
-      f"config.json lacks {e.args[0]!r}: it is not a complete Qwen3 config"
-    ) from None
+      f"config.json has num_attention_heads={heads} and num_key_value_heads={kv_heads}: "
+      "the second must divide the first"
+    )
+  if head_dim % 2:
+    raise ValueError(f"config.json has head_dim={head_dim}: rotary positions need an even one")
+  return Qwen3Config(
+    vocab_size=_size(fields, "vocab_size"),
+    hidden_size=hidden,
+    intermediate_size=_size(fields, "intermediate_size"),
+    num_layers=_size(fields, "num_hidden_layers"),
+    num_heads=heads,
+    num_kv_heads=kv_heads,
+    head_dim=head_dim,
+    rope_theta=_positive(fields, "rope_theta"),
+    max_position=_size(fields, "max_position_embeddings"),
+    rms_norm_eps=_positive(fields, "rms_norm_eps"),
+    tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+    dtype=dtype,
+    remat=remat,
+    attention=attention,
+  )
+
+
+def _size(config: dict, field: str) -> int:
+  value = _positive(config, field)
+  if value != int(value):
+    raise ValueError(f"config.json has {field}={config[field]!r}: need a whole number")
+  return int(value)
+
+
+def _positive(config: dict, field: str) -> float:
+  value = config.get(field)
+  if value is None:
+    raise ValueError(f"config.json lacks {field}: it is not a complete Qwen3 config, add it")
+  if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**53:
+    raise ValueError(f"config.json has {field}={value!r}: need a number above 0")
+  return float(value)
 
 
 def to_hf(config: Qwen3Config, *, eos_ids, bos_id, pad_id, dtype: str) -> dict:
-  """The config.json that transformers opens: rope_theta in both homes, for old and new readers."""
+  """The config.json that transformers opens: rope_theta in both homes, for old and new readers.
+
+  eos_ids: all the ids that end a text, the first of them the end of a turn; may be empty. bos_id,
+  pad_id: may be None. dtype: of the weights on disk.
+  """
+  eos_ids = list(eos_ids)
   return {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "attention_bias": False,
     "attention_dropout": 0.0,
     "bos_token_id": bos_id,
-    "eos_token_id": list(eos_ids)[0],
+    "eos_token_id": eos_ids[0] if eos_ids else None,
     "pad_token_id": pad_id,
     "head_dim": config.head_dim,
     "hidden_act": "silu",

@@ -1,0 +1,212 @@
+"""Hugging Face folders to qed_jax and back, bit for bit.
+
+  python -m qed_jax.convert --to=jax --src=Qwen/Qwen3-0.6B --revision=HASH --dst=models/qwen
+  python -m qed_jax.convert --to=hf --src=runs/cache_rl --dst=exports/my-prover
+
+`--to=jax` makes a folder in the layout of a training workdir, for `config.init`: checkpoints/ with
+the parameters, model/ with config.json and the tokenizer. `--to=hf` takes such a folder, a workdir,
+or one step of its checkpoints, and makes a folder that transformers opens unedited. The result is
+written beside its place and renamed at the end: a kill leaves nothing that looks like a model.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qed_jax import checkpoint, flags, sharding
+from qed_jax.data import hub, tokenizer
+from qed_jax.model import hf_weights, presets, qwen3
+from qed_jax.model.card import card
+
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "*.model", "LICENSE*", "README.md")
+# Beside config.json. The source's README.md stays in model/, for the licence and the base model.
+COPIED = (*tokenizer.HUGGING_FACE_FILES, "generation_config.json", "LICENSE")
+DTYPES = ("bfloat16", "float16", "float32")
+SHARD = "5GB"
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message):
+    flags.fail(ValueError(f"{message}; see --help"))
+
+
+def main(argv: list[str]) -> None:
+  parser = _Parser(
+    prog="python -m qed_jax.convert",
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  parser.add_argument("--to", required=True, choices=("jax", "hf"))
+  parser.add_argument("--src", required=True, help="folder; with --to=jax also a hub id")
+  parser.add_argument("--dst", required=True, help="folder to make; must not exist, or be empty")
+  parser.add_argument("--revision", help="commit of a hub id")
+  parser.add_argument("--dtype", choices=DTYPES, help="cast to it; the source's if not given")
+  parser.add_argument("--max_shard_size", default=SHARD, help=f"with --to=hf; {SHARD} if not given")
+  args = parser.parse_args(argv)
+  jax.config.update("jax_platforms", "cpu")  # conversion is the host's work
+  try:
+    if args.to == "jax":
+      to_jax(args.src, Path(args.dst), args.revision, args.dtype)
+    else:
+      to_hf(Path(args.src), Path(args.dst), args.dtype, args.max_shard_size)
+  except (ValueError, RuntimeError, OSError) as error:
+    flags.fail(error)
+
+
+def to_jax(source: str, destination: Path, revision: str | None, dtype: str | None) -> None:
+  """HF folder or hub id -> a folder of checkpoints/ and model/. Raises as hf_weights.load."""
+  _check_free(destination)
+  folder = Path(source)
+  if not folder.is_dir():
+    if not hub.is_hub_id(source):
+      raise FileNotFoundError(f"{source} does not exist: give a folder or a hub id")
+    folder = hub.fetch(source, kind="model", revision=revision, patterns=HUB_FILES)
+  if (folder / "model" / "config.json").is_file():
+    raise ValueError(f"{folder} is a folder of qed_jax already: --to=hf takes it back")
+  described = hf_weights.read_config(folder)
+  config = presets.from_hf(described, dtype="float32", remat="none", attention="auto")
+  dtype = dtype or hf_weights.widest_dtype(hf_weights.check(folder, config).values())
+  params = hf_weights.load(folder, config, _layout(config), dtype)
+  with _unfinished(destination) as partial:
+    _describe(partial / "model", folder, config, described, dtype)
+    if (folder / "README.md").is_file():
+      shutil.copyfile(folder / "README.md", partial / "model" / "README.md")
+    record = {"job": "convert", "init": source, "init_revision": revision, "dtype": dtype}
+    _write_json(partial / "config.json", record)
+    checkpoints = checkpoint.Checkpoints(partial / "checkpoints", keep=1)
+    checkpoints.save(0, {"params": params})
+    checkpoints.close()
+  _report(destination, config, dtype)
+
+
+def to_hf(source: Path, destination: Path, dtype: str | None, max_shard_size: str) -> None:
+  """Workdir or checkpoint -> HF folder. Raises ValueError, RuntimeError or OSError in one line."""
+  _check_free(destination)
+  workdir = _workdir(source)
+  described = hf_weights.read_json(workdir / "model" / "config.json")
+  config = presets.from_hf(described, dtype="float32", remat="none", attention="auto")
+  dtype = dtype or described.get("dtype")
+  if dtype not in DTYPES:
+    raise ValueError(f"{workdir}/model/config.json has dtype={dtype!r}: give --dtype=bfloat16")
+  abstract = {
+    path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=_one_device())
+    for path, shape in qwen3.shapes(config).items()
+  }
+  params = checkpoint.read_params(source, qwen3.unflatten(abstract))
+  with _unfinished(destination) as partial:
+    hf_weights.save(partial, config, params, dtype, max_shard_size)
+    text = card(destination.name, config, hf_weights.count(config), dtype, workdir)
+    (partial / "README.md").write_text(text)
+    _describe(partial, workdir / "model", config, described, dtype)
+  _report(destination, config, dtype)
+
+
+def _workdir(source: Path) -> Path:
+  """The folder with model/ and checkpoints/ that `source` is, or lies in."""
+  source = source.absolute()
+  for folder in (source, source.parent, source.parent.parent):
+    if (folder / "model" / "config.json").is_file() and (folder / "checkpoints").is_dir():
+      return folder
+  raise FileNotFoundError(
+    f"{source} is no workdir and no checkpoint in one: need checkpoints/ and model/config.json"
+  )
+
+
+def _describe(folder: Path, source: Path, config, described: dict, dtype: str) -> None:
+  """Tokenizer files, generation_config.json and, last, config.json."""
+  folder.mkdir(exist_ok=True)
+  for name in COPIED:
+    if (source / name).is_file():
+      shutil.copyfile(source / name, folder / name)
+  ids = described.get("eos_token_id")
+  stop_ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+  if not (folder / "tokenizer_config.json").is_file():
+    print(f"note: no tokenizer files in {source}, so the result has none", flush=True)
+  elif not (folder / "generation_config.json").is_file():
+    stop_ids = tokenizer.load(folder).stop_ids
+  bos_id, pad_id = described.get("bos_token_id"), described.get("pad_token_id")
+  if not (folder / "generation_config.json").is_file():
+    generation = {
+      "bos_token_id": bos_id,
+      "eos_token_id": list(stop_ids) or None,
+      "pad_token_id": pad_id,
+      "do_sample": True,
+      "temperature": 0.6,
+      "top_p": 0.95,
+    }
+    _write_json(
+      folder / "generation_config.json", {k: v for k, v in generation.items() if v is not None}
+    )
+  hf = presets.to_hf(config, eos_ids=stop_ids, bos_id=bos_id, pad_id=pad_id, dtype=dtype)
+  _write_json(folder / "config.json", hf)
+
+
+def _check_free(destination: Path) -> None:
+  if "://" in os.fspath(destination):
+    raise ValueError(f"--dst={destination} is not a local path: convert here, then copy the folder")
+  if destination.is_dir() and not any(destination.iterdir()):
+    return
+  if destination.exists() or destination.is_symlink():
+    raise ValueError(f"--dst={destination} exists: nothing is overwritten, give another path")
+
+
+@contextlib.contextmanager
+def _unfinished(destination: Path) -> Iterator[Path]:
+  """A folder beside `destination` that takes its place at the end, or is removed on an error.
+
+  What a killed conversion left under this name is removed first.
+  """
+  destination = destination.absolute()
+  partial = destination.parent / f".{destination.name}.unfinished"
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  try:
+    yield partial
+    for path in partial.rglob("*"):
+      if path.is_file():
+        _sync(path)
+    os.rename(partial, destination)
+    _sync(destination.parent)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+
+
+def _sync(path: Path) -> None:
+  """Flush to disk, so that the rename cannot come before the content."""
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
+def _write_json(path: Path, value: dict) -> None:
+  path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _one_device() -> NamedSharding:
+  return NamedSharding(sharding.make_mesh(1, 1, 1, jax.devices()[:1]), PartitionSpec())
+
+
+def _layout(config) -> dict:
+  return qwen3.unflatten(dict.fromkeys(qwen3.shapes(config), _one_device()))
+
+
+def _report(destination: Path, config, dtype: str) -> None:
+  tensors = sum(1 for _ in hf_weights.hf_shapes(config))
+  print(f"wrote {destination}: {hf_weights.count(config):,} parameters, {tensors} tensors, {dtype}")
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
