@@ -1,6 +1,7 @@
 """The tiny world: problems, training rows and the exact grader agree with one another."""
 
 import collections
+import re
 
 import pytest
 from hypothesis import given
@@ -11,19 +12,23 @@ from qed_jax.data.tokenizer import train_sentencepiece
 from qed_jax.records import Problem
 from qed_jax.rewards import exact
 
-CHAIN = tw.parse("a +3 b -2 c +5 d +1 show b d start 4")
+CHAIN = tw.parse("+3 a -2 b +3 c +1 d show b d start 4")
 PROBLEM = tw.to_problem(CHAIN)
+PROMPT = re.compile(
+  r"(?:solve|list) (?P<statement>.*start \d) (?P<known>[^t]*)(?:trace (?P<trace>.*))?"
+)
 HELDOUT = tw.problems(0, 300, "heldout")
 
 
 def test_a_chain_worked_by_hand():
-  assert CHAIN.results == {"a": 7, "b": 5, "c": 0, "d": 1}
-  assert tw.trace(CHAIN) == "a +3 7 b -2 5 c +5 0 d +1 1"
-  assert tw.trace(CHAIN, 1, 3, {2}) == "b -2 5 c +5 0 check c +5 0"
-  assert tw.proof(CHAIN) == "b 5 d 1"
-  assert [tw.summary(CHAIN, k) for k in range(5)] == ["", "a 7", "b 5", "b 5 c 0", "b 5 d 1"]
-  assert PROBLEM.answer == "1" and PROBLEM.level == "4"
-  assert PROBLEM.rubric.splitlines()[:2] == ["3 points: b 5", "4 points: d 1"]
+  assert CHAIN.results == {"a": 7, "b": 5, "c": 8, "d": 9}
+  assert tw.trace(CHAIN) == "4 +3 a 7 -2 b 5 +3 c 8 +1 d 9"
+  assert tw.trace(CHAIN, 1, 3, [1]) == "7 -2 b 5 check b 5 +3 c 8"
+  assert tw.trace(CHAIN, 4) == ""
+  assert tw.proof(CHAIN) == "b 5 d 9"
+  assert [tw.summary(CHAIN, k) for k in range(5)] == ["", "a 7", "b 5", "b 5 c 8", "b 5 d 9"]
+  assert PROBLEM.answer == "9" and PROBLEM.level == "4"
+  assert PROBLEM.rubric.splitlines()[:2] == ["3 points: b 5", "4 points: d 9"]
 
 
 def test_same_seed_same_problems_and_rows():
@@ -37,7 +42,7 @@ def test_splits_are_disjoint_and_sft_rows_show_no_heldout_problem():
   heldout = {p.statement for p in tw.problems(0, 1000, "heldout")}
   assert not train & heldout
   for row in tw.sft_rows(1, 1000):
-    statement = row["messages"][0]["content"].split(" known")[0].split(" ", 1)[1]
+    statement = PROMPT.fullmatch(row["messages"][0]["content"])["statement"]
     assert statement not in heldout
 
 
@@ -71,22 +76,22 @@ def test_results_follow_from_the_results_before():
 @pytest.mark.parametrize(
   ("proof", "score"),
   [
-    ("b 5 d 1", 7),
-    (" d 1\n b 5 ", 7),  # order and white space are free
-    ("d 1", 4),
+    ("b 5 d 9", 7),
+    (" d 9\n b 5 ", 7),  # order and white space are free
+    ("d 9", 4),
     ("b 5", 3),
-    ("b 6 d 1", 3),  # false: no points, and one off
-    ("b 5 b 5 d 1", 6),  # repeated
-    ("b 5 b 6 d 1", 2),  # two values: none of them counts
-    ("b 5 c 0 d 1", 6),  # true, but not asked for
-    ("b 5 d 1 d", 6),  # a line without its digit
-    ("b 5 check d 1", 2),  # reading stops
-    ("b 5 d +1", 2),
-    ("a +3 7 b -2 5 c +5 0 d +1 1", 0),  # reasoning is no proof
-    ("b ٥ d 1", 0),  # a digit, but not one of ours
+    ("b 6 d 9", 3),  # false: no points, and one off
+    ("b 5 b 5 d 9", 6),  # repeated
+    ("b 5 b 6 d 9", 2),  # two values: none of them counts
+    ("b 5 c 8 d 9", 6),  # true, but not asked for
+    ("b 5 d 9 d", 6),  # a line without its digit
+    ("b 5 check d 9", 2),  # reading stops
+    ("b 5 d +2", 2),
+    ("4 +3 a 7 -2 b 5 +3 c 8 +1 d 9", 0),  # reasoning is no proof
+    ("b ٥ d 9", 0),  # a digit, but not one of ours
     ("B 5", 0),
     ("", 0),
-    ("d 0 d 1 d 2 d 3 d 4 d 5 d 6 d 7 d 8 d 9", 0),
+    (" ".join(f"d {digit}" for digit in range(10)), 0),
   ],
 )
 def test_marks(proof, score):
@@ -94,7 +99,7 @@ def test_marks(proof, score):
 
 
 @given(
-  st.text() | st.lists(st.sampled_from("a b c d 5 1 0 </think> +3 check".split())).map(" ".join)
+  st.text() | st.lists(st.sampled_from("a b c d 5 9 8 </think> +3 check".split())).map(" ".join)
 )
 def test_any_text_gets_a_mark(proof):
   grade = exact.grade(PROBLEM, proof)
@@ -102,7 +107,7 @@ def test_any_text_gets_a_mark(proof):
   if grade.score == 7:
     assert sorted(zip(proof.split()[::2], proof.split()[1::2], strict=True)) == [
       ("b", "5"),
-      ("d", "1"),
+      ("d", "9"),
     ]
 
 
@@ -123,11 +128,11 @@ def test_parse_inverts_statement_and_refuses_anything_else():
   for text in (
     "",
     "show start 4",
-    "a +3 show a",
-    "a +9 show a start 4",
-    "b +3 show b start 4",
-    "a +3 b +3 show a start 4",
-    "a +3 show a start 14",
+    "+3 a show a",
+    "+9 a show a start 4",
+    "+3 b show b start 4",
+    "+3 a +3 b show a start 4",
+    "+3 a show a start 14",
   ):
     with pytest.raises(ValueError, match="not a statement"):
       tw.parse(text)
@@ -138,8 +143,8 @@ def test_rows_are_true_but_uneven():
   seen = collections.Counter()
   for row in tw.sft_rows(0, 2000):
     prompt, answer = (message["content"] for message in row["messages"])
-    chain = tw.parse(prompt.split(" known")[0].split(" ", 1)[1])
-    known = prompt.split("known")[1].split("trace")[0].split()
+    parts = PROMPT.fullmatch(prompt)
+    chain, known = tw.parse(parts["statement"]), parts["known"].split()
     true = {(a, str(d)) for a, d in chain.results.items()}
     assert set(zip(known[::2], known[1::2], strict=True)) <= true
     seen[row["kind"]] += 1
@@ -148,26 +153,29 @@ def test_rows_are_true_but_uneven():
       lines = set(zip(answer.split()[::2], answer.split()[1::2], strict=True))
       kept = {(a, d) for a, d in zip(known[::2], known[1::2], strict=True) if a in chain.goals}
       assert kept <= lines <= true
-      reasoning = prompt.split("trace")[1].split()
-      told = [(w[0], w[2]) for w in zip(reasoning, reasoning[1:], reasoning[2:], strict=False)]
-      reached = {(a, d) for a, d in told if (a, d) in true}
-      assert {(a, d) for a, d in reached if a in chain.goals} <= lines
+      reasoning = parts["trace"].split()
+      told = set(zip(reasoning, reasoning[1:], strict=False))
+      assert {(a, d) for a, d in told & true if a in chain.goals} <= lines
       if answer:
         assert max(a for a, _ in lines) == answer.split()[-2]
-      seen["cut"] += len(reasoning) % 3 != 0 and "check" not in reasoning
+      seen["cut"] += reasoning[-1:] != [] and not reasoning[-1].isdigit()
     else:
       assert prompt.startswith("solve ") and answer.startswith("<think>")
       reasoning, proof = answer.removeprefix("<think>").split("</think>")
-      words = reasoning.replace("check ", "").split()
-      for letter, operation, result in zip(words[::3], words[1::3], words[2::3], strict=True):
+      words = re.sub(r"(. \d) check \1", r"\1", reasoning).split()
+      known = {"`": str(chain.start)} | {a: str(d) for a, d in chain.results.items()}
+      before = known[chr(ord(words[2]) - 1)] if words else None
+      assert words[:1] == ([before] if words else [])
+      words = words[1:]
+      for operation, letter, result in zip(words[::3], words[1::3], words[2::3], strict=True):
         assert chain.operations[tw.LETTERS.index(letter)] == operation
         assert str(chain.results[letter]) == result
       score = exact.grade(tw.to_problem(chain), proof).score
       assert "off" not in exact.grade(tw.to_problem(chain), proof).reason
       seen["checks"] += "check" in reasoning
       seen["stops early"] += score < 7
-      seen["restarts"] += row["kind"] == "continue" and bool(words) and words[0] == "a"
-      seen["continues"] += row["kind"] == "continue" and words[:1] != ["a"]
+      seen["restarts"] += row["kind"] == "continue" and words[1:2] == ["a"]
+      seen["continues"] += row["kind"] == "continue" and words[1:2] != ["a"]
   assert seen["solve"] > seen["continue"] > 500 and seen["summarise"] > 500
   for kind in ("cut", "checks", "stops early", "restarts", "continues"):
     assert seen[kind] > 80, (kind, seen)

@@ -2,12 +2,14 @@
 
 A statement gives the operations, the results to show, and the start digit:
 
-  a +3 b -2 c +5 d +1 show b d start 4
+  +3 a -2 b +3 c +1 d show b d start 4
 
-Reasoning walks the chain, three words a step: letter, operation, result (`a +3 7 b -2 5 ...`). The
-proof, after </think>, says only the named results (`b 5 d 1`), which are far enough apart that they
-have to be reasoned out. A summary lists the named results reached so far and, last, the latest
-result of all, from which the next turn goes on. Every word is one token.
+Reasoning says the digit it starts from and walks the chain, three words a step: operation, letter,
+result (`4 +3 a 7 -2 b 5 ...`). The proof, after </think>, says only the named results (`b 5 d 9`),
+which are far enough apart that they have to be reasoned out. A summary lists the named results
+reached so far and, last, the latest result of all, from which the next turn goes on (`5 +3 c 8
+...`). Every word is one token, and a result reads `b 5` wherever it stands, so that small models
+learn to look it up.
 
 The SFT rows are as uneven as distilled data: lines checked twice, reasoning that breaks off,
 continuations that ignore the summary, traces that are longer than a turn's budget.
@@ -25,7 +27,7 @@ from qed_jax import prompts
 from qed_jax.records import Problem
 
 LETTERS = "abcdefghijkl"
-OPERATIONS = {f"{sign}{d}": int(f"{sign}{d}") for sign in "+-" for d in range(1, 6)}
+OPERATIONS = {f"{sign}{d}": int(f"{sign}{d}") for sign in "+-" for d in range(1, 4)}
 MIN_STEPS, MAX_STEPS = 2, len(LETTERS)
 GAPS = (2, 3, 4)  # steps from one named result to the next
 MAX_SCORE = 7
@@ -109,7 +111,7 @@ def to_problem(chain: Chain) -> Problem:
 
 
 def statement(chain: Chain) -> str:
-  steps = [f"{a} {o}" for a, o in zip(chain.letters, chain.operations, strict=True)]
+  steps = [f"{o} {a}" for a, o in zip(chain.letters, chain.operations, strict=True)]
   return " ".join([*steps, "show", *chain.goals, "start", str(chain.start)])
 
 
@@ -118,7 +120,7 @@ def parse(text: str) -> Chain:
   words = text.split()
   try:
     show, start = words.index("show"), words.index("start")
-    chain = Chain(int(words[start + 1]), tuple(words[1:show:2]), tuple(words[show + 1 : start]))
+    chain = Chain(int(words[start + 1]), tuple(words[:show:2]), tuple(words[show + 1 : start]))
     goals = [a for a in chain.letters if a in chain.goals]
     known = set(chain.operations) <= set(OPERATIONS) and chain.start in range(10)
     if known and statement(chain) == text and list(chain.goals) == goals:
@@ -145,12 +147,14 @@ def rubric(chain: Chain) -> str:
 
 
 def trace(chain: Chain, first: int = 0, last: int = MAX_STEPS, checked=()) -> str:
-  """Reasoning from step `first` up to step `last`; `checked`: steps said a second time."""
-  results, words = chain.results, []
+  """Reasoning from step `first` up to step `last`; `checked`: steps whose result is said again."""
+  results = chain.results
+  before = chain.start if first == 0 else results[chain.letters[first - 1]]
+  words = []
   for i, letter in list(enumerate(chain.letters))[first:last]:
-    line = [letter, chain.operations[i], str(results[letter])]
-    words += [*line, "check", *line] if i in checked else line
-  return " ".join(words)
+    result = [letter, str(results[letter])]
+    words += [chain.operations[i], *result, *(["check", *result] if i in checked else [])]
+  return " ".join([str(before), *words] if words else [])
 
 
 def proof(chain: Chain, last: int = MAX_STEPS) -> str:
@@ -212,10 +216,9 @@ def _cut(rng, reasoning: str, first: int) -> tuple[str, int]:
   words = reasoning.split()
   end = int(rng.integers(0, min(len(words), MAX_TRACE) + 1))
   if rng.random() >= CUT:
-    # After a whole line: the next word is a letter or "check".
-    while end < len(words) and words[end] not in (*LETTERS, "check"):
+    while end < len(words) and words[end] not in OPERATIONS:
       end += 1
   kept = words[:end]
-  results = [w for w in kept if w.isdigit()]
-  checks = [w for w, after in zip(kept[:-3], kept[3:], strict=True) if w == "check"]
-  return " ".join(kept), first + len(results) - len(checks) if results else 0
+  # A step is known once a letter and a digit follow its operation.
+  steps = sum(word in OPERATIONS for word in kept[:-2])
+  return " ".join(kept), first + steps if steps else 0
