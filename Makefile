@@ -63,11 +63,17 @@ format: $(FULL)
 	$(RUN) -m ruff format
 
 # The whole pipeline on the tiny world. Run it again after an interruption and it goes on.
+TRAIN = $(RUN) -m qed_jax.train
+EVALUATE = $(RUN) -m qed_jax.evaluate --config=configs/evaluate.py:tiny
+
 demo: $(BASE)
-	$(RUN) -m qed_jax.train --config=configs/sft.py:tiny --workdir=$(DEMO)/sft
-	$(RUN) -m qed_jax.train --config=configs/rl.py:tiny --workdir=$(DEMO)/rl --config.init=$(DEMO)/sft
-	$(RUN) -m qed_jax.train --config=configs/cache_rl.py:tiny --workdir=$(DEMO)/cache_rl --config.init=$(DEMO)/rl
-	$(RUN) -m qed_jax.evaluate --config=configs/evaluate.py:tiny --workdir=$(DEMO)/evaluate --config.models=$(DEMO)/sft,$(DEMO)/rl,$(DEMO)/cache_rl
+	$(TRAIN) --config=configs/sft.py:tiny --workdir=$(DEMO)/sft
+	$(TRAIN) --config=configs/rl.py:tiny --workdir=$(DEMO)/rl --config.init=$(DEMO)/sft
+	$(TRAIN) --config=configs/cache_rl.py:tiny --workdir=$(DEMO)/cache_rl --config.init=$(DEMO)/rl
+	$(EVALUATE) --workdir=$(DEMO)/evaluate/untrained --config.policy=$(DEMO)/sft --config.untrained=True --config.label=untrained
+	$(EVALUATE) --workdir=$(DEMO)/evaluate/sft --config.policy=$(DEMO)/sft --config.label=SFT
+	$(EVALUATE) --workdir=$(DEMO)/evaluate/rl --config.policy=$(DEMO)/rl --config.label='rubric RL'
+	$(EVALUATE) --workdir=$(DEMO)/evaluate/cache_rl --config.policy=$(DEMO)/cache_rl --config.label='cache RL'
 	$(RUN) -m qed_jax.report --workdir=$(DEMO)
 
 clean:
