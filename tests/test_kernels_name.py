@@ -36,9 +36,8 @@ params = qwen3.init_params(config, jax.random.key(0), jnp.float32)
 ones_BT = jnp.ones((1, 4), jnp.int32)
 print("qed_jax", qwen3.hidden(config, params, ones_BT, jnp.arange(4)[None], ones_BT).shape)
 
-from transformers import Qwen3Config
+from transformers import AutoTokenizer, Qwen3Config
 from transformers.utils import is_kernels_available
-import transformers.integrations.hub_kernels
 
 if importlib.util.find_spec("torch"):
   from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
