@@ -71,10 +71,13 @@ def cache_attention(q_BTNH, kv_cache, layer, positions_BT):
   k_BKSH = jax.lax.dynamic_index_in_dim(kv_cache.k_LBKSH, layer, 0, keepdims=False)
   v_BKSH = jax.lax.dynamic_index_in_dim(kv_cache.v_LBKSH, layer, 0, keepdims=False)
   K, S = k_BKSH.shape[1:3]
+  G = N // K
+  # X = G * T: the query rows of a key/value head.
+  q_BKXH = jnp.moveaxis(q_BTNH.reshape(B, T, K, G, H), 1, 3).reshape(B, K, G * T, H)
   wide = at_least_float32(q_BTNH.dtype)
-  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-  s_BKGTS = einsum("BTKGH,BKSH->BKGTS", q_BTKGH, k_BKSH, out_dtype=wide) * H**-0.5
-  visible_BTS = jnp.arange(S)[None, None] <= positions_BT[:, :, None]
-  s_BKGTS = jnp.where(visible_BTS[:, None, None], s_BKGTS, MASKED)
-  p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1).astype(v_BKSH.dtype)
-  return einsum("BKGTS,BKSH->BTKGH", p_BKGTS, v_BKSH).reshape(q_BTNH.shape)
+  s_BKXS = einsum("BKXH,BKSH->BKXS", q_BKXH, k_BKSH, out_dtype=wide) * H**-0.5
+  visible_BXS = jnp.arange(S)[None, None] <= jnp.tile(positions_BT, (1, G))[:, :, None]
+  s_BKXS = jnp.where(visible_BXS[:, None], s_BKXS, MASKED)
+  p_BKXS = jax.nn.softmax(s_BKXS, axis=-1).astype(v_BKSH.dtype)
+  o_BKXH = einsum("BKXS,BKSH->BKXH", p_BKXS, v_BKSH)
+  return jnp.moveaxis(o_BKXH.reshape(B, K, G, T, H), 3, 1).reshape(q_BTNH.shape)

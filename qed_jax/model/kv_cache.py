@@ -1,7 +1,7 @@
 """The key/value cache of the sampler: [L, slots, K, S, H] for keys and for values.
 
-(slot, head) is contiguous, as a page is in the paged layout (design section 8), of which this is the
-case of one page a slot. The cache is donated, carried whole through the scan over layers and
+(slot, head) is contiguous, as a page is in the paged layout (design section 8), of which this is
+the case of one page a slot. The cache is donated, carried whole through the scan over layers and
 indexed by layer; it starts zeroed, since 0 * NaN is NaN.
 """
 
@@ -48,3 +48,14 @@ def insert(kv_cache: KVCache, slots_P, k_LPTKH, v_LPTKH) -> KVCache:
     return cache_LBKSH.at[:, slots_P, :, : new_LPKTH.shape[3]].set(new_LPKTH, mode="drop")
 
   return KVCache(put(kv_cache.k_LBKSH, k_LPTKH), put(kv_cache.v_LBKSH, v_LPTKH))
+
+
+def split(kv_cache: KVCache) -> list[KVCache]:
+  """One cache of one layer for each layer."""
+  layers = range(kv_cache.k_LBKSH.shape[0])
+  return [jax.tree.map(lambda x, i=i: x[i : i + 1], kv_cache) for i in layers]
+
+
+def join(kv_caches: list[KVCache]) -> KVCache:
+  """The inverse of `split`."""
+  return jax.tree.map(lambda *x: jnp.concatenate(x), *kv_caches)

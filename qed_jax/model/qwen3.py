@@ -1,9 +1,9 @@
 """Qwen3 in Flax NNX: one table of dimensions, layers stacked and scanned, HF's arithmetic.
 
-Parameters are a nested dict whose paths and memory order are Hugging Face's, projections [out, in] with
-the heads split out and the layers stacked in front; `DIMS` says it all and is read by the
-initialiser, by the shardings and by convert.py. Training, prefill and decode run the same blocks
-and differ in the `attend` function they pass in.
+Parameters are a nested dict whose paths and memory order are Hugging Face's: projections [out, in],
+split by head and stacked by layer. `DIMS` says it all and is read by the initialiser, by the
+shardings and by convert.py. Training, prefill and decode run the same blocks and differ in the
+`attend` function they pass in.
 """
 
 import dataclasses
@@ -115,6 +115,20 @@ def _param(config: Qwen3Config, rngs: nnx.Rngs, path: str) -> nnx.Param:
   return nnx.Param(scale * jax.random.normal(key, shape, jnp.float32))
 
 
+def to_heads(x_BTD, w_NHD):
+  """x w by head: [B, T, N, H]. A product of matrices: given [N, H, D], XLA copies the weight."""
+  N, H, D = w_NHD.shape
+  y_BTX = einsum("BTD,XD->BTX", x_BTD, w_NHD.reshape(N * H, D).astype(x_BTD.dtype))
+  return y_BTX.reshape(*x_BTD.shape[:2], N, H)
+
+
+def from_heads(o_BTNH, w_DNH):
+  """The heads' outputs to the width: [B, T, D]."""
+  B, T, N, H = o_BTNH.shape
+  w_DX = w_DNH.reshape(-1, N * H).astype(o_BTNH.dtype)
+  return einsum("BTX,DX->BTD", o_BTNH.reshape(B, T, N * H), w_DX)
+
+
 class Attention(nnx.Module):
   """Grouped-query attention with RMSNorm on each query and key head before RoPE."""
 
@@ -124,15 +138,15 @@ class Attention(nnx.Module):
       setattr(self, name, _param(config, rngs, f"layers.self_attn.{name}"))
 
   def __call__(self, x_BTD, angles, attend):
-    dtype, eps = x_BTD.dtype, self.config.rms_norm_eps
-    q_BTNH = constrain(einsum("BTD,NHD->BTNH", x_BTD, self.q_proj[...].astype(dtype)), "BTNH")
-    k_BTKH = constrain(einsum("BTD,KHD->BTKH", x_BTD, self.k_proj[...].astype(dtype)), "BTKH")
-    v_BTKH = constrain(einsum("BTD,KHD->BTKH", x_BTD, self.v_proj[...].astype(dtype)), "BTKH")
+    eps = self.config.rms_norm_eps
+    q_BTNH = constrain(to_heads(x_BTD, self.q_proj[...]), "BTNH")
+    k_BTKH = constrain(to_heads(x_BTD, self.k_proj[...]), "BTKH")
+    v_BTKH = constrain(to_heads(x_BTD, self.v_proj[...]), "BTKH")
     q_BTNH = rope(rms_norm(q_BTNH, self.q_norm[...], eps), *angles)
     k_BTKH = rope(rms_norm(k_BTKH, self.k_norm[...], eps), *angles)
     o_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
     o_BTNH = constrain(o_BTNH, "BTNH")
-    return einsum("BTNH,DNH->BTD", o_BTNH, self.o_proj[...].astype(dtype)), kept
+    return from_heads(o_BTNH, self.o_proj[...]), kept
 
 
 class MLP(nnx.Module):
@@ -170,21 +184,26 @@ class Block(nnx.Module):
 
 
 class Qwen3(nnx.Module):
-  """Embedding, the scanned blocks, final norm; the head is `logits`, so that it can be chunked."""
+  """Embedding, blocks, final norm; the head is `logits`, so that it can be chunked.
 
-  def __init__(self, config: Qwen3Config, rngs: nnx.Rngs):
+  The blocks are one Block of stacked weights, scanned, or a list with a Block for each layer.
+  """
+
+  def __init__(self, config: Qwen3Config, rngs: nnx.Rngs, stacked: bool = True):
     self.config = config
     self.embed_tokens = _param(config, rngs, "embed_tokens")
-    self.layers = Block(config, rngs)
+    blocks = [Block(config, rngs) for _ in range(1 if stacked else config.num_layers)]
+    self.layers = blocks[0] if stacked else nnx.List(blocks)
     self.norm = _param(config, rngs, "norm")
     if not config.tie_word_embeddings:
       self.lm_head = _param(config, rngs, "lm_head")
 
-  def __call__(self, tokens_BT, positions_BT, attend, carry=None, unroll=1):
+  def __call__(self, tokens_BT, positions_BT, attend, carry=None):
     """Tokens -> final hidden states.
 
-    attend(q_BTNH, k_BTKH, v_BTKH, carry, layer) -> (o_BTNH, carry, kept) is called once a layer; the
-    carry goes from layer to layer (the KV cache in decode), what is kept is stacked by layer.
+    attend(q_BTNH, k_BTKH, v_BTKH, carry, layer) -> (o_BTNH, carry, kept) is called once a layer:
+    the carry goes from layer to layer (the KV cache in decode), what is kept is stacked by layer.
+    With a list of blocks the carry is a list too, one for each layer, where `layer` is 0.
     Returns x_BTD, carry, kept_L.
     """
     config = self.config
@@ -192,7 +211,8 @@ class Qwen3(nnx.Module):
     x_BTD = constrain(x_BTD, "BTD")
     wide = at_least_float32(config.dtype)
     angles = rope_angles(positions_BT, config.head_dim, config.rope_theta, wide)
-    graph, stacked = nnx.split(self.layers)
+    stacked = isinstance(self.layers, Block)
+    graph, weights = nnx.split(self.layers if stacked else self.layers[0])
 
     def layer(state, weights):
       x_BTD, carry, index = state
@@ -206,8 +226,15 @@ class Qwen3(nnx.Module):
 
     if config.remat != "none":
       layer = jax.checkpoint(layer, policy=REMAT[config.remat], prevent_cse=False)
-    state = (x_BTD, carry, jnp.int32(0))
-    (x_BTD, carry, _), kept_L = jax.lax.scan(layer, state, stacked, unroll=unroll)
+    if stacked:
+      state = (x_BTD, carry, jnp.int32(0))
+      (x_BTD, carry, _), kept_L = jax.lax.scan(layer, state, weights)
+    else:
+      carry, kept = list(carry or [None] * config.num_layers), []
+      for i, block in enumerate(self.layers):
+        (x_BTD, carry[i], _), kept_here = layer((x_BTD, carry[i], 0), nnx.state(block))
+        kept.append(kept_here)
+      kept_L = jax.tree.map(lambda *x: jnp.stack(x), *kept)
     return rms_norm(x_BTD, self.norm[...], config.rms_norm_eps), carry, kept_L
 
   def head(self):
@@ -227,13 +254,13 @@ REMAT = {
 
 
 @functools.lru_cache(maxsize=64)
-def _graph(config: Qwen3Config):
-  return nnx.split(nnx.eval_shape(lambda: Qwen3(config, nnx.Rngs(0))))
+def _graph(config: Qwen3Config, stacked: bool):
+  return nnx.split(nnx.eval_shape(lambda: Qwen3(config, nnx.Rngs(0), stacked)))
 
 
 def bind(config: Qwen3Config, params: dict) -> Qwen3:
-  """The NNX module around a params dict."""
-  graph, abstract = _graph(config)
+  """The NNX module around a params dict; its layers are stacked, or numbered {0: ..., 1: ...}."""
+  graph, abstract = _graph(config, stacked=0 not in params["layers"])
   state = jax.tree.map(lambda x: x, abstract)
   nnx.replace_by_pure_dict(state, params)
   return nnx.merge(graph, state)
@@ -317,12 +344,15 @@ def prefill(config: Qwen3Config, params: dict, tokens_PT):
   return x_PTD, k_LPTKH, v_LPTKH
 
 
-def decode(config: Qwen3Config, params: dict, tokens_BT, positions_BT, kv_cache, unroll=1):
-  """New tokens of every slot -> (x_BTD, kv_cache with them appended)."""
+def decode(config: Qwen3Config, params: dict, tokens_BT, positions_BT, kv_cache):
+  """New tokens of every slot -> (x_BTD, kv_cache with them appended).
+
+  With params of numbered layers the cache is a list of caches of one layer each.
+  """
 
   def attend(q_BTNH, k_BTKH, v_BTKH, kv_cache, layer):
     kv_cache = kv.append(kv_cache, layer, k_BTKH, v_BTKH, positions_BT)
     return cache_attention(q_BTNH, kv_cache, layer, positions_BT), kv_cache, None
 
-  x_BTD, kv_cache, _ = bind(config, params)(tokens_BT, positions_BT, attend, kv_cache, unroll)
+  x_BTD, kv_cache, _ = bind(config, params)(tokens_BT, positions_BT, attend, kv_cache)
   return x_BTD, kv_cache

@@ -1,8 +1,8 @@
 """Continuous batching over fixed slots: attempts wait, run and finish; tokens only, no text.
 
 The token at a position of an attempt depends on (parameters, prompt, seed, attempt, position)
-alone: not on its slot, on its neighbours or on the order of arrival. Every token carries the version
-of the policy that sampled it; `set_params` may come between any two steps.
+alone: not on its slot, on its neighbours or on the order of arrival. Every token carries the
+version of the policy that sampled it; `set_params` may come between any two steps.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ import numpy as np
 from qed_jax import sharding
 from qed_jax.model.qwen3 import Qwen3Config
 from qed_jax.records import Completion, Usage
-from qed_jax.rollout import sampler, sampling
+from qed_jax.rollout import sampler, sampling, weights
 
 
 class RequestError(ValueError):
@@ -111,11 +111,11 @@ class Engine:
     Leaves already in the compute dtype and layout are used as they are: a train step that donates
     them must be followed by set_params before the next step here.
     """
-    self._params = sampler.sampler_params(self.config, params, self.mesh)
+    self._params = weights.sampler_params(self.config, params, self.mesh)
     self._version = version
 
   def submit(self, request: Request) -> int:
-    """Queues an attempt -> its ticket. Raises RequestError, one line, on a request it cannot serve."""
+    """Queues an attempt -> its ticket. Raises RequestError, one line, when it cannot serve it."""
     self._check(request)
     self._tickets += 1
     self._waiting.append(Running(self._tickets, request, time.monotonic()))

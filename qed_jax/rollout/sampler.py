@@ -2,8 +2,8 @@
 
 An attempt starts with its prompt's keys and values in a slot and its last prompt token still to be
 fed, so every sampled token, the first one too, comes out of the same decode loop. The parameters
-are the trainer's pytree, cast once. All shapes are fixed: prompt buckets, rows of a prefill, slots,
-cache length, chunk.
+are those of `weights.sampler_params`. All shapes are fixed: prompt buckets, rows of a prefill,
+slots, cache length, chunk.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from qed_jax.model import kv_cache as kv
 from qed_jax.model import qwen3
 from qed_jax.rollout import sampling
-from qed_jax.sharding import WEIGHTS, constrain, shardings
+from qed_jax.rollout.weights import model_view
+from qed_jax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -42,8 +43,8 @@ class SamplingState:
 class Attempts:
   """Attempts to start, one a row; rows to ignore have a slot past the end.
 
-  slot_B: where it goes. row_B: which row of the prefill holds its prompt. token_B: last token of the
-  prompt. position_B: its position. remaining_B: tokens it may sample. seed_B, prompt_id_B,
+  slot_B: where it goes. row_B: which row of the prefill holds its prompt. token_B: last token of
+  the prompt. position_B: its position. remaining_B: tokens it may sample. seed_B, prompt_id_B,
   attempt_B: uint32, folded into its key.
   """
 
@@ -70,22 +71,6 @@ class Chunk:
   logp_BC: Any
   count_B: Any
   remaining_B: Any
-
-
-def sampler_params(config: qwen3.Qwen3Config, params: dict, mesh) -> dict:
-  """The trainer's parameters in the compute dtype, whole over data and fsdp, split over tensor.
-
-  Leaves that need no change are the caller's own arrays, not copies.
-  """
-  dims = {path: qwen3.DIMS[path] for path in qwen3.shapes(config)}
-  rules = {letter: axes for letter, axes in WEIGHTS.items() if letter != "D"}
-  layout = shardings(rules, mesh, dims, qwen3.shapes(config))
-  return jax.device_put(_cast(params, config.dtype), qwen3.unflatten(layout))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _cast(params, dtype):
-  return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def create_state(config: qwen3.Qwen3Config, slots: int, max_length: int, mesh) -> SamplingState:
@@ -116,7 +101,7 @@ def _constrain(state: SamplingState) -> SamplingState:
 @functools.partial(jax.jit, static_argnums=0)
 def prefill(config, params, tokens_PT):
   """Prompts without their last token, padded on the right -> k_LPTKH, v_LPTKH."""
-  return qwen3.prefill(config, params, tokens_PT)[1:]
+  return qwen3.prefill(*model_view(config, params), tokens_PT)[1:]
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -160,10 +145,11 @@ def decode(
   def one_token(loop):
     step, state, tokens_CB, logp_CB, count_B = loop
     active_B = state.remaining_B > 0
+    model = model_view(config, params)
     x_BTD, kv_cache = qwen3.decode(
-      config, params, state.token_B[:, None], state.position_B[:, None], state.kv_cache
+      *model, state.token_B[:, None], state.position_B[:, None], state.kv_cache
     )
-    logits_BV = qwen3.logits(config, params, x_BTD[:, 0])
+    logits_BV = qwen3.logits(*model, x_BTD[:, 0])
     token_B, logp_B = sampling.sample(
       logits_BV, state.key_B, state.position_B + 1, state.controls, truncated_logp
     )
@@ -180,7 +166,12 @@ def decode(
     logp_CB = jax.lax.dynamic_update_index_in_dim(logp_CB, logp_B, step, 0)
     return step + 1, _constrain(state), tokens_CB, logp_CB, count_B + active_B
 
+  by_layer = 0 in params["layers"]
+  if by_layer:
+    state = dataclasses.replace(state, kv_cache=kv.split(state.kv_cache))
   tokens_CB = jnp.zeros((chunk, slots), jnp.int32)
   start = (jnp.int32(0), state, tokens_CB, jnp.zeros((chunk, slots)), jnp.zeros(slots, jnp.int32))
   _, state, tokens_CB, logp_CB, count_B = jax.lax.while_loop(busy, one_token, start)
+  if by_layer:
+    state = dataclasses.replace(state, kv_cache=kv.join(state.kv_cache))
   return state, Chunk(tokens_CB.T, logp_CB.T, count_B, state.remaining_B)

@@ -1,0 +1,74 @@
+"""The trainer's parameters as the sampler holds them.
+
+Accelerators sample from the trainer's pytree itself, cast and resharded. On a CPU a decode step is
+bound by what XLA copies: a scanned layer is sliced out of its stack, and a product with eight rows
+is half as fast with weights [out, in] as with [in, out]. So there, once for each new policy, each
+layer's weights become arrays of their own, held [in, out]. `model_view` turns them back inside jit,
+where the transposes fold into the products: the model's code sees one layout.
+"""
+
+import dataclasses
+import functools
+
+import jax
+
+from qed_jax.model import qwen3
+from qed_jax.sharding import WEIGHTS, shardings
+
+
+def sampler_params(config: qwen3.Qwen3Config, params: dict, mesh) -> dict:
+  """Parameters for the sampler: compute dtype, whole over data and fsdp, split over tensor.
+
+  On accelerators leaves that need no change are the caller's own arrays, not copies.
+  """
+  dims = {path: qwen3.DIMS[path] for path in qwen3.shapes(config)}
+  rules = {letter: axes for letter, axes in WEIGHTS.items() if letter != "D"}
+  layout = shardings(rules, mesh, dims, qwen3.shapes(config))
+  params = jax.device_put(_cast(params, config.dtype), qwen3.unflatten(layout))
+  on_cpu = mesh.devices.flat[0].platform == "cpu"
+  return _for_cpu(config, params) if on_cpu else params
+
+
+def model_view(config: qwen3.Qwen3Config, params: dict) -> tuple[qwen3.Qwen3Config, dict]:
+  """What sampler_params returned -> (config, params) for the functions of model/qwen3.py."""
+  if 0 not in params["layers"]:
+    return config, params
+  untied = dataclasses.replace(config, tie_word_embeddings=False)
+  layers = {i: _each(_turn_back, config, layer) for i, layer in params["layers"].items()}
+  return untied, {**params, "layers": layers, "lm_head": params["lm_head"].T}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(params, dtype):
+  return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _for_cpu(config, params):
+  layers = {
+    i: _each(_turn, config, jax.tree.map(lambda x, i=i: x[i], params["layers"]))
+    for i in range(config.num_layers)
+  }
+  head = params["embed_tokens" if config.tie_word_embeddings else "lm_head"]
+  return {**params, "layers": layers, "lm_head": head.T}
+
+
+def _each(turn, config, layer: dict) -> dict:
+  shapes = {path: shape[1:] for path, shape in qwen3.shapes(config).items()}
+  turned = {}
+  for path, x in qwen3.flatten(layer).items():
+    path_in_model = f"layers.{path}"
+    turned[path] = turn(qwen3.DIMS[path_in_model][1:], shapes[path_in_model], x)
+  return qwen3.unflatten(turned)
+
+
+def _turn(letters: str, shape: tuple, x):
+  """NHD, FD -> [in, out] = [D, N H]; DNH, DF -> [N H, D]; norm scales stay."""
+  if len(letters) == 1:
+    return x
+  outputs = -1 if letters.endswith("D") else shape[0]
+  return x.reshape(outputs, shape[-1] if outputs == -1 else -1).T
+
+
+def _turn_back(letters: str, shape: tuple, x):
+  return x if len(letters) == 1 else x.T.reshape(shape)
