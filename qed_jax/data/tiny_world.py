@@ -6,10 +6,9 @@ A statement gives the operations, the results to show, and the start digit:
 
 Reasoning says the digit it starts from and walks the chain, three words a step: operation, letter,
 result (`4 +3 a 7 -2 b 5 ...`). The proof, after </think>, says only the named results (`b 5 d 9`),
-which are far enough apart that they have to be reasoned out. A summary lists the named results
-reached so far and, last, the latest result of all, from which the next turn goes on (`5 +3 c 8
-...`). Every word is one token, and a result reads `b 5` wherever it stands, so that small models
-learn to look it up.
+which are far enough apart that they have to be reasoned out. A summary lists all results reached so
+far, and the next turn goes on from the last of them (`5 +3 c 8 ...`). Every word is one token, and
+a result reads `b 5` wherever it stands, so that a small model learns to look it up.
 
 The SFT rows are as uneven as distilled data: lines checked twice, reasoning that breaks off,
 continuations that ignore the summary, traces that are longer than a turn's budget.
@@ -164,11 +163,8 @@ def proof(chain: Chain, last: int = MAX_STEPS) -> str:
 
 
 def summary(chain: Chain, last: int) -> str:
-  """The named results of the first `last` steps, then the latest result unless it is named."""
-  latest = chain.letters[:last][-1:]
-  if not latest or latest in chain.goals:
-    return proof(chain, last)
-  return f"{proof(chain, last)} {latest} {chain.results[latest]}".strip()
+  """The results of the first `last` steps."""
+  return " ".join(f"{a} {chain.results[a]}" for a in chain.letters[:last])
 
 
 def _draw(rng, split: str, min_steps: int, max_steps: int) -> Chain:
