@@ -60,6 +60,7 @@ def get_config(variant: str = "") -> ConfigDict:
     "normalize_std": False,
     "normalizer": "rollouts",
     "overlong_filter": False,
+    "drop_dead_groups": False,  # leave out groups without advantage; they hold entropy bonus only
   })  # fmt: skip
   if variant == "tiny":
     common.tiny(c)

@@ -11,7 +11,6 @@ import collections
 import json
 import os
 
-import jax
 from etils import epath
 
 from qed_jax import flags, intervals, prompts, sharding, workdir
@@ -93,10 +92,9 @@ def open_chat(config):
   tokenizer = tokenizers.load(start.folder)
   if config.untrained:
     start = policy.Start("random", "untrained")
-  with jax.set_mesh(mesh):
-    abstract = policy.abstract_params(model, mesh, config.model.dtype)
-    engine = jobs.make_engine(model, mesh, config.rollout, tokenizer)
-    engine.set_params(policy.load_params(start, model, abstract, config.seed), 0)
+  abstract = policy.abstract_params(model, mesh, config.model.dtype)
+  engine = jobs.make_engine(model, mesh, config.rollout, tokenizer)
+  engine.set_params(policy.load_params(start, model, abstract, config.seed), 0)
   return EngineChat(engine, tokenizer, config.seed).chat
 
 

@@ -87,7 +87,10 @@ class Solution:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-  """A graded attempt. Attempts with the same `group` share prompt and baseline."""
+  """A graded attempt. Attempts with the same `group` share prompt and baseline.
+
+  turn counts from 1; summary is what the prompt held of the turns before it.
+  """
 
   problem: Problem
   messages: tuple[dict[str, str], ...]
@@ -96,6 +99,7 @@ class Rollout:
   group: str
   attempt: int
   turn: int = 1
+  summary: str = ""
 
 
 @jax.tree_util.register_dataclass

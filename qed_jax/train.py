@@ -33,88 +33,87 @@ def main(config, folder: str) -> None:
   mesh = sharding.make_mesh(**config.mesh.to_dict())
   start = policy.locate(config.init, config.init_revision)
   model = policy.sizes(start, config.model)
+  examples = jobs.data(config)
   tokenizer = jobs.tokenizer(config, start, root)
   policy.check_vocabulary(model, tokenizer)
-  examples = jobs.data(config)
 
-  with jax.set_mesh(mesh):
-    # --- Optimizer and state -------------------------------------------------------------------
-    optimizer = optim.make_optimizer(**optimizer_arguments(config))
-    abstract = abstract_state(model, optimizer, mesh, config.model.param_dtype)
-    checkpoints = Checkpoints(root / "checkpoints", keep=config.checkpoint.keep)
-    restored = checkpoints.restore_latest(abstract)
-    if restored is None:
-      first, host_state = 0, None
-      params = policy.load_params(start, model, abstract["params"], config.seed)
-      opt_state = jax.jit(optimizer.transform.init, out_shardings=layout(abstract["opt_state"]))(
-        params
-      )
-      state = {"params": params, "opt_state": opt_state}
-    else:
-      first, state, host_state = restored
-      print(f"resuming {root} from step {first}", flush=True)
-
-    workdir.write_run_files(root, config.to_dict())
-    policy.save_description(root / "model", model, tokenizer)
-
-    # --- The stream of batches, and what to do with one -----------------------------------------
-    stopped = on_sigterm()
-    stream = jobs.stream(
-      config, model, mesh, tokenizer, examples, start, abstract["params"], root, stopped
+  # --- Optimizer and state ---------------------------------------------------------------------
+  optimizer = optim.make_optimizer(**optimizer_arguments(config))
+  abstract = abstract_state(model, optimizer, mesh, config.model.param_dtype)
+  checkpoints = Checkpoints(root / "checkpoints", keep=config.checkpoint.keep)
+  restored = checkpoints.restore_latest(abstract)
+  if restored is None:
+    first, host_state = 0, None
+    params = policy.load_params(start, model, abstract["params"], config.seed)
+    opt_state = jax.jit(optimizer.transform.init, out_shardings=layout(abstract["opt_state"]))(
+      params
     )
-    if host_state is not None:
-      stream.restore(host_state["stream"])
-    update = jax.jit(
-      make_update(config, model, optimizer),
-      donate_argnums=0,
-      out_shardings=(layout(abstract), None),
-    )
+    state = {"params": params, "opt_state": opt_state}
+  else:
+    first, state, host_state = restored
+    print(f"resuming {root} from step {first}", flush=True)
 
-    add_reference = reference_scorer(config, model, start, abstract["params"])
+  workdir.write_run_files(root, config.to_dict())
+  policy.save_description(root / "model", model, tokenizer)
 
-    # --- The loop ------------------------------------------------------------------------------
-    writer = metrics.MetricWriter(root, first)
-    samples = jobs.SampleLog(root / "samples.jsonl", first, config.log.samples)
-    progress = metrics.Progress(config.job, first, config.steps)
-    phases = metrics.Phases()
-    health = Health(root, config.max_skipped_steps)
-    step = first
-    for step in range(first, config.steps):
-      with phases("data"):
-        produced = stream.next(state["params"], step)
-      if produced is None:
-        break
-      batch, info, rollouts = produced
-      with phases("train") as phase:
-        on_device = add_reference(sharding.put(mesh, batch, "BT"))
-        with jax.transfer_guard("disallow"):
-          state, measured = update(state, on_device)
-        info |= finalise(measured)
-        phase.tokens += int(np.sum(batch.segments_BT > 0)) * jax.process_count()
-      info |= phases.metrics()
-      info |= utilisation(model, batch, info["seconds/train"])
-      health.check(step, info, batch)
-      if (step + 1) % config.log.every == 0 or step + 1 == config.steps:
-        writer.write(step + 1, info)
-        samples.write(step + 1, rollouts)
-      progress.update(step + 1, info)
-      checkpoints.check()
-      if (step + 1) % config.checkpoint.every == 0:
-        checkpoints.save(step + 1, state, {"stream": stream.state()})
-    else:
-      step = config.steps
+  # --- The stream of batches, and what to do with one -----------------------------------------
+  stopped = on_sigterm()
+  stream = jobs.stream(
+    config, model, mesh, tokenizer, examples, start, abstract["params"], root, stopped
+  )
+  if host_state is not None:
+    stream.restore(host_state["stream"])
+  update = jax.jit(
+    make_update(config, model, optimizer),
+    donate_argnums=0,
+    out_shardings=(layout(abstract), None),
+  )
 
-    # --- The end, or SIGTERM ---------------------------------------------------------------------
-    if step > (checkpoints.latest_step() or 0):
-      checkpoints.wait()
-      if checkpoints.latest_step() != step:
-        checkpoints.save(step, state, {"stream": stream.state()})
-    checkpoints.close()
-    stream.close()
-    writer.close()
-    samples.close()
-    progress.close()
-    print(f"{'stopped' if step < config.steps else 'finished'} at step {step}: {root}", flush=True)
+  add_reference = reference_scorer(config, model, mesh, start, abstract["params"])
+
+  # --- The loop ------------------------------------------------------------------------------
+  writer = metrics.MetricWriter(root, first)
+  samples = jobs.SampleLog(root / "samples.jsonl", first, config.log.samples)
+  progress = metrics.Progress(config.job, first, config.steps)
+  phases = metrics.Phases()
+  health = Health(root, config.max_skipped_steps)
+  step = first
+  for step in range(first, config.steps):
+    with phases("data"):
+      produced = stream.next(state["params"], step)
+    if produced is None:
+      break
+    batch, info, rollouts = produced
+    with phases("train") as phase:
+      on_device = add_reference(sharding.put(mesh, batch, "BT"))
+      with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
+        state, measured = update(state, on_device)
+      info |= finalise(measured)
+      phase.tokens += int(np.sum(batch.segments_BT > 0)) * jax.process_count()
+    info |= phases.metrics()
+    info |= utilisation(model, batch, info["seconds/train"])
+    health.check(step, info, batch)
+    if (step + 1) % config.log.every == 0 or step + 1 == config.steps:
+      writer.write(step + 1, info)
+      samples.write(step + 1, rollouts)
+    progress.update(step + 1, info)
+    checkpoints.check()
+    if (step + 1) % config.checkpoint.every == 0:
+      checkpoints.save(step + 1, state, {"stream": stream.state()})
+  else:
+    step = config.steps
+
+  # --- The end, or SIGTERM ---------------------------------------------------------------------
+  if step > (checkpoints.latest_step() or 0):
+    checkpoints.wait()
+    if checkpoints.latest_step() != step:
+      checkpoints.save(step, state, {"stream": stream.state()})
+  checkpoints.close()
+  stream.close()
+  writer.close()
+  samples.close()
+  progress.close()
+  print(f"{'stopped' if step < config.steps else 'finished'} at step {step}: {root}", flush=True)
 
 
 def make_update(config, model, optimizer):
@@ -161,7 +160,7 @@ def make_update(config, model, optimizer):
   return update
 
 
-def reference_scorer(config, model, start, abstract):
+def reference_scorer(config, model, mesh, start, abstract):
   """Batch -> Batch with log-probs of the policy that the run began from, where KL asks for them.
 
   The reference is kept in the compute dtype.
@@ -174,7 +173,12 @@ def reference_scorer(config, model, start, abstract):
   reference = policy.load_params(start, model, compute, config.seed)
   temperature, chunk = config.rollout.temperature, config.model.score_chunk
   score = jax.jit(lambda params, batch: qwen3.score(model, params, batch, temperature, chunk)[0])
-  return lambda batch: dataclasses.replace(batch, reference_logp_BT=score(reference, batch))
+
+  def add(batch):
+    with jax.set_mesh(mesh):
+      return dataclasses.replace(batch, reference_logp_BT=score(reference, batch))
+
+  return add
 
 
 def optimizer_arguments(config) -> dict:

@@ -103,15 +103,21 @@ def unflatten(leaves: dict) -> dict:
 
 
 def _param(config: Qwen3Config, rngs: nnx.Rngs, path: str) -> nnx.Param:
-  """Norm scales are ones; projections normal / sqrt(inputs); the embedding normal * 0.02."""
+  """Norm scales are ones; projections normal / sqrt(inputs); embedding and head normal * 0.1.
+
+  The projections that write to the residual stream are ten times smaller, so that a token's own
+  embedding dominates at first: the tiny world's look-ups are learned in half the steps.
+  """
   shape, key = shapes(config)[path], rngs.params()
   if path.endswith("norm"):
     return nnx.Param(jnp.ones(shape, jnp.float32))
   if path in ("embed_tokens", "lm_head"):
-    scale = 0.02
+    scale = 0.1
   else:
     inputs = {"D": config.hidden_size, "H": config.num_heads * config.head_dim}
     scale = inputs.get(DIMS[path][-1], config.intermediate_size) ** -0.5
+    if path.endswith(("o_proj", "down_proj")):
+      scale *= 0.1
   return nnx.Param(scale * jax.random.normal(key, shape, jnp.float32))
 
 

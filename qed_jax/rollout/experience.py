@@ -224,15 +224,12 @@ class Experience:
     except RequestError as error:  # a prompt too long for the engine: no grade, and not a zero
       nothing = Completion(text="", finish_reason="length")
       lost = Grade(None, f"not sampled: {error}")
-      return [
-        Rollout(problem, tuple(messages), nothing, lost, group.name, i, group.state.turn)
-        for i in range(count)
-      ]
+      return [rollout_of(group, messages, nothing, lost, i) for i in range(count)]
     grades = await asyncio.gather(
       *(self.grade(problem, split_proof(c.text)[1]) for c in completions)
     )
     return [
-      Rollout(problem, tuple(messages), completion, grade, group.name, i, group.state.turn)
+      rollout_of(group, messages, completion, grade, i)
       for i, (completion, grade) in enumerate(zip(completions, grades, strict=True))
     ]
 
@@ -266,8 +263,11 @@ class Experience:
       completions += [c for c, _, _ in more]
       advantage = np.append(advantage, [a for _, a, _ in more])
       weight = np.append(weight, [w for _, _, w in more])
+    trained = (weight > 0) & ((advantage != 0) | (not objective.drop_dead_groups))
+    if not trained.any():
+      trained = weight > 0
     examples = [
-      token_rows(*row) for row in zip(completions, advantage, weight, strict=True) if row[2] > 0
+      token_rows(completions[i], advantage[i], weight[i]) for i in np.flatnonzero(trained)
     ]
     if not examples:
       raise ValueError(
@@ -322,6 +322,21 @@ async def unless(stopped: Callable[[], bool], work):
 
 
 _choose = jax.jit(reasoning_cache.choose_states, static_argnums=4)
+
+
+def rollout_of(group: Group, messages, completion: Completion, grade: Grade, attempt: int):
+  """An attempt at a group's state."""
+  state = group.state
+  return Rollout(
+    problem=state.problem,
+    messages=tuple(messages),
+    completion=completion,
+    grade=grade,
+    group=group.name,
+    attempt=attempt,
+    turn=state.turn,
+    summary=state.summary,
+  )
 
 
 def sampling(block) -> dict:

@@ -231,6 +231,7 @@ def readable(rollout: records.Rollout) -> dict:
     "rubric": rollout.problem.rubric,
     "messages": list(rollout.messages),
     "turn": rollout.turn,
+    "summary": rollout.summary,
     "attempt": rollout.attempt,
     "reasoning": reasoning,
     "proof": proof,
