@@ -46,6 +46,8 @@ def get_config(variant: str = "") -> ConfigDict:
     "turns": 3,
     "prompt": "reason",
     "summarise": "summarise",
+    "summariser": "",  # another policy that writes the summaries; "" is the policy itself
+    "summariser_revision": "main",
     "max_tokens": 2_048,
     "temperature": 0.7,
     "top_p": 0.8,

@@ -37,12 +37,14 @@ def main(config, folder: str) -> None:
   wanted = [(p, s) for p in problems for s in range(config.samples_per_problem)]
   missing = [(p, s) for p, s in wanted if (p.id, s) not in done]
   if missing:
-    chat = open_chat(config)
+    chat, summariser = open_chat(config), None
+    if config.cache.summariser:
+      summariser = load_chat(config, config.cache.summariser, config.cache.summariser_revision)
     grade = jobs.grader(config.judge, root)
     workdir.write_run_files(root, config.to_dict())
     for start in range(0, len(missing), config.problems_at_once):
       block = missing[start : start + config.problems_at_once]
-      new = asyncio.run(run_block(config, block, chat, grade))
+      new = asyncio.run(run_block(config, block, chat, summariser, grade))
       append_rows(root / ROWS, new)
       rows += new
       print(f"{config.label or config.policy}: {len(rows)} graded turns", flush=True)
@@ -86,11 +88,16 @@ def open_chat(config):
     )
   if not config.policy:
     raise ValueError("config.policy is empty: name a workdir, a Hugging Face folder or a hub id")
-  start = policy.locate(config.policy, config.policy_revision)
+  return load_chat(config, config.policy, config.policy_revision, config.untrained)
+
+
+def load_chat(config, name: str, revision: str, untrained: bool = False):
+  """The chat of an engine with the parameters that `name` stands for."""
+  start = policy.locate(name, revision)
   model = policy.sizes(start, config.model)
   mesh = sharding.make_mesh(**config.mesh.to_dict())
   tokenizer = tokenizers.load(start.folder)
-  if config.untrained:
+  if untrained:
     start = policy.Start("random", "untrained")
   abstract = policy.abstract_params(model, mesh, config.model.dtype)
   engine = jobs.make_engine(model, mesh, config.rollout, tokenizer)
@@ -98,7 +105,7 @@ def open_chat(config):
   return EngineChat(engine, tokenizer, config.seed).chat
 
 
-async def run_block(config, block, chat, grade) -> list[dict]:
+async def run_block(config, block, chat, summariser, grade) -> list[dict]:
   """Rows of some (problem, sample) pairs, one a turn."""
 
   async def one(problem: Problem, sample: int) -> list[dict]:
@@ -111,6 +118,7 @@ async def run_block(config, block, chat, grade) -> list[dict]:
       reason=sampling(config.rollout),
       summarise_sampling=sampling(config.cache),
       seed=turn_seed(config.seed, problem.id, sample),
+      summariser=summariser,
     )
     grades = await asyncio.gather(*(grade(problem, turn.proof) for turn in solution.turns))
     return [row(problem, sample, turn, g) for turn, g in zip(solution.turns, grades, strict=True)]
