@@ -15,15 +15,15 @@ from qed_jax.rewards import exact
 CHAIN = tw.parse("+3 a -2 b +3 c +1 d show b d start 4")
 PROBLEM = tw.to_problem(CHAIN)
 PROMPT = re.compile(
-  r"(?:solve|list) (?P<statement>.*start \d) (?P<known>[^t]*)(?:trace (?P<trace>.*))?"
+  r"(?:solve|list) (?P<statement>.*?start \d) (?P<known>[^t]*)(?:trace (?P<trace>.*))?"
 )
 HELDOUT = tw.problems(0, 300, "heldout")
 
 
 def test_a_chain_worked_by_hand():
   assert CHAIN.results == {"a": 7, "b": 5, "c": 8, "d": 9}
-  assert tw.trace(CHAIN) == "4 +3 a 7 -2 b 5 +3 c 8 +1 d 9"
-  assert tw.trace(CHAIN, 1, 3, [1]) == "7 -2 b 5 check b 5 +3 c 8"
+  assert tw.trace(CHAIN) == "start 4 +3 a 7 -2 b 5 +3 c 8 +1 d 9"
+  assert tw.trace(CHAIN, 1, 3, [1]) == "a 7 -2 b 5 check b 5 +3 c 8"
   assert tw.trace(CHAIN, 4) == ""
   assert tw.proof(CHAIN) == "b 5 d 9"
   assert [tw.summary(CHAIN, k) for k in range(5)] == [
@@ -93,7 +93,7 @@ def test_results_follow_from_the_results_before():
     ("b 5 d 9 d", 6),  # a line without its digit
     ("b 5 check d 9", 2),  # reading stops
     ("b 5 d +2", 2),
-    ("4 +3 a 7 -2 b 5 +3 c 8 +1 d 9", 0),  # reasoning is no proof
+    ("start 4 +3 a 7 -2 b 5 +3 c 8 +1 d 9", 0),  # reasoning is no proof
     ("b ٥ d 9", 0),  # a digit, but not one of ours
     ("B 5", 0),
     ("", 0),
@@ -168,10 +168,12 @@ def test_rows_are_true_but_uneven():
       assert prompt.startswith("solve ") and answer.startswith("<think>")
       reasoning, proof = answer.removeprefix("<think>").split("</think>")
       words = re.sub(r"(. \d) check \1", r"\1", reasoning).split()
-      known = {"`": str(chain.start)} | {a: str(d) for a, d in chain.results.items()}
-      before = known[chr(ord(words[2]) - 1)] if words else None
-      assert words[:1] == ([before] if words else [])
-      words = words[1:]
+      names = ["start", *chain.letters]
+      digits = [str(chain.start), *map(str, chain.results.values())]
+      if words:
+        before = names.index(words[3]) - 1
+        assert words[:2] == [names[before], digits[before]]
+      words = words[2:]
       for operation, letter, result in zip(words[::3], words[1::3], words[2::3], strict=True):
         assert chain.operations[tw.LETTERS.index(letter)] == operation
         assert str(chain.results[letter]) == result
@@ -181,7 +183,7 @@ def test_rows_are_true_but_uneven():
       seen["stops early"] += score < 7
       seen["restarts"] += row["kind"] == "continue" and words[1:2] == ["a"]
       seen["continues"] += row["kind"] == "continue" and words[1:2] != ["a"]
-  assert seen["solve"] > seen["continue"] > 500 and seen["summarise"] > 500
+  assert min(seen[kind] for kind in tw.KINDS) > 500
   for kind in ("cut", "checks", "stops early", "restarts", "continues"):
     assert seen[kind] > 80, (kind, seen)
 

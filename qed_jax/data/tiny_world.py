@@ -4,11 +4,11 @@ A statement gives the operations, the results to show, and the start digit:
 
   +3 a -2 b +3 c +1 d show b d start 4
 
-Reasoning says the digit it starts from and walks the chain, three words a step: operation, letter,
-result (`4 +3 a 7 -2 b 5 ...`). The proof, after </think>, says only the named results (`b 5 d 9`),
+Reasoning says where it starts and walks the chain, three words a step: operation, letter, result
+(`start 4 +3 a 7 -2 b 5 ...`). The proof, after </think>, says only the named results (`b 5 d 9`),
 which are far enough apart that they have to be reasoned out. A summary lists all results reached so
-far, and the next turn goes on from the last of them (`5 +3 c 8 ...`). Every word is one token, and
-a result reads `b 5` wherever it stands, so that a small model learns to look it up.
+far, and the next turn goes on from the last of them (`b 5 +3 c 8 ...`). Every word is one token,
+and a result reads `b 5` wherever it stands, so that a small model learns to look it up.
 
 The SFT rows are as uneven as distilled data: lines checked twice, reasoning that breaks off,
 continuations that ignore the summary, traces that are longer than a turn's budget.
@@ -33,12 +33,12 @@ MAX_SCORE = 7
 SPLITS = {"train": range(1, 10), "heldout": range(1)}  # checksum mod 10
 SPLIT_STREAMS = {"train": 1, "heldout": 2, "sft": 3}
 
-KINDS = {"solve": 0.4, "continue": 0.3, "summarise": 0.3}
-EARLY_STOP = 0.2  # of the traces: break off; the proof says what was reached
+KINDS = {"solve": 0.35, "continue": 0.35, "summarise": 0.3}
+EARLY_STOP = 0.3  # of the traces: break off; the proof says what was reached
 CHECKER = 0.5  # of the traces: repeat lines after the word "check"
 CHECK = 0.4  # of the lines of such a trace, at most MAX_CHECKS of them
 MAX_CHECKS = 4
-RESTART = 0.5  # of the continuations: ignore the summary and begin again
+RESTART = 0.4  # of the continuations: ignore the summary and begin again
 MAX_TRACE = 30  # words of a trace to summarise, as a turn's budget allows
 CUT = 0.5  # of these traces: end inside a line, as when the budget runs out
 
@@ -148,12 +148,14 @@ def rubric(chain: Chain) -> str:
 def trace(chain: Chain, first: int = 0, last: int = MAX_STEPS, checked=()) -> str:
   """Reasoning from step `first` up to step `last`; `checked`: steps whose result is said again."""
   results = chain.results
-  before = chain.start if first == 0 else results[chain.letters[first - 1]]
+  before = f"start {chain.start}"
+  if first:
+    before = f"{chain.letters[first - 1]} {results[chain.letters[first - 1]]}"
   words = []
   for i, letter in list(enumerate(chain.letters))[first:last]:
     result = [letter, str(results[letter])]
     words += [chain.operations[i], *result, *(["check", *result] if i in checked else [])]
-  return " ".join([str(before), *words] if words else [])
+  return " ".join([before, *words] if words else [])
 
 
 def proof(chain: Chain, last: int = MAX_STEPS) -> str:
