@@ -55,6 +55,8 @@ def main(argv: list[str]) -> None:
   args = parser.parse_args(argv)
   jax.config.update("jax_platforms", "cpu")  # conversion is the host's work
   try:
+    if "://" in args.dst:
+      raise ValueError(f"--dst={args.dst} is not a local path: convert here, then copy the folder")
     if args.to == "jax":
       to_jax(args.src, Path(args.dst), args.revision, args.dtype)
     else:
@@ -152,8 +154,6 @@ def _describe(folder: Path, source: Path, config, described: dict, dtype: str) -
 
 
 def _check_free(destination: Path) -> None:
-  if "://" in os.fspath(destination):
-    raise ValueError(f"--dst={destination} is not a local path: convert here, then copy the folder")
   if destination.is_dir() and not any(destination.iterdir()):
     return
   if destination.exists() or destination.is_symlink():
