@@ -13,6 +13,7 @@ changes it; a larger change goes unseen with probability 2^-32, as with a CRC32.
 """
 
 import base64
+import contextlib
 import functools
 import json
 import logging
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 log = logging.getLogger(__name__)
@@ -92,7 +94,7 @@ class Checkpoints:
     if path.exists() and jax.process_index() == 0:
       self._set_aside(step)  # what a half-done deletion or a stranger left
     arrays = _flatten(state)
-    with jax.transfer_guard("allow"):
+    with _neutral():
       raw = {name: _raw(array) for name, (_, array) in arrays.items()}
       sums = _checksums(raw)
       document = _seal(
@@ -131,6 +133,8 @@ class Checkpoints:
     newest whole step does not fit `abstract_state`, RuntimeError when no step can be read.
     """
     self.wait()
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("restore")  # process 0 may still be deleting old steps
     damaged = []
     for step in reversed(self.steps()):
       try:
@@ -245,12 +249,14 @@ def _read(path, abstract_state, cast=False):
   unplaced = [name for name, (_, leaf) in wanted.items() if getattr(leaf, "sharding", None) is None]
   if unplaced:
     raise ValueError(f"{unplaced[0]} has no sharding: give every leaf the one to restore it with")
+  failure, manifest, arrays = None, {}, {}
   try:
-    with _context():
+    with _context(alone=True):
       document = ocp.load_checkpointables(path, {"host": None})["host"]
     manifest = _unseal(document)
   except Exception as error:
-    raise _Damaged(_line(error)) from error
+    failure = error
+  _agree(failure)
 
   saved = manifest["arrays"]
   if cast:
@@ -263,18 +269,16 @@ def _read(path, abstract_state, cast=False):
     dtype = raw.dtype if name in keys else jnp.dtype(saved[name][0])
     abstract[name] = (parts, jax.ShapeDtypeStruct(raw.shape, dtype, sharding=leaf.sharding))
 
-  failure, arrays = None, {}
-  with jax.transfer_guard("allow"):
+  with _neutral():
     try:
-      with _context():
+      with _context(alone=True):
         items = ocp.load_checkpointables(path, _items(abstract))
       tree = items.get("state", {}) | items.get("params", {})
       for name, (parts, _) in wanted.items():
         arrays[name] = functools.reduce(operator.getitem, parts, tree)
     except Exception as error:
       failure = error
-    if not _everywhere(failure is None):
-      raise _Damaged(_line(failure) if failure else "unreadable on another process") from failure
+    _agree(failure)
     sums = _checksums(arrays)
     wrong = [name for name in arrays if sums[name] != saved[name][2]]
     if wrong:
@@ -293,6 +297,15 @@ def _read(path, abstract_state, cast=False):
       leaves.append(array)
   state = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract_state), leaves)
   return state, _decode(manifest["host_state"])
+
+
+def _agree(failure: Exception | None) -> None:
+  """Raises _Damaged on every process when one has failed to read."""
+  failed = [failure is not None]
+  if jax.process_count() > 1:
+    failed = multihost_utils.process_allgather(np.array(failed)).ravel()
+  if any(failed):
+    raise _Damaged(_line(failure) if failure else "another process could not read it") from failure
 
 
 def _check_fit(path, wanted, saved, cast):
@@ -454,8 +467,13 @@ def _decode(value):
 # --- folders
 
 
-def _context():
+def _context(alone: bool = False):
+  """Orbax's options. alone: this process reads for itself and meets no other."""
   context = ocp.Context()
+  if alone:
+    # At Orbax's barriers, the processes that can read a damaged step would wait for the others.
+    context.multiprocessing_options.active_processes = {jax.process_index()}
+    context.multiprocessing_options.primary_host = jax.process_index()
   registry = ocp.handlers.local_registry()
   registry.add(ocp.handlers.JsonHandler, checkpointable_name="host")
   context.checkpointables.registry = registry
@@ -463,6 +481,13 @@ def _context():
   # In the background, a folder that cannot be made leaves the writers waiting for minutes.
   context.async_options.create_directories_asynchronously = False
   return context
+
+
+@contextlib.contextmanager
+def _neutral():
+  """No mesh, so that single shards can be computed on; transfers are what happens here."""
+  with jax.set_mesh(Mesh(np.empty((), object), ())), jax.transfer_guard("allow"):
+    yield
 
 
 def _absolute(path) -> epath.Path:
@@ -484,13 +509,6 @@ def _steps(root) -> list[int]:
 def _none_readable(root, damaged) -> str:
   reasons = "; ".join(f"{step}: {error}" for step, error in damaged)
   return f"no checkpoint in {root} can be read ({reasons}); move them away to start over"
-
-
-def _everywhere(ok: bool) -> bool:
-  """True when `ok` on every process."""
-  if jax.process_count() == 1:
-    return ok
-  return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
 
 
 def _line(error: BaseException) -> str:

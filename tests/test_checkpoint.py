@@ -6,10 +6,12 @@ import os
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -17,12 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qed_jax import checkpoint
 from qed_jax.checkpoint import Checkpoints, read_params
 
 ROOT = Path(__file__).parents[1]
+
+# Once one of Orbax's coroutines has failed, nobody awaits the others.
+pytestmark = [
+  pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
+  pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 def make_state(seed, rows=8):
@@ -112,6 +120,33 @@ def test_state_may_be_donated_after_save(tmp_path):
   assert as_bytes(checkpoints.restore_latest(abstract(state)).state) == before
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_under_a_mesh_and_a_transfer_guard(tmp_path, kind):
+  """As a trainer calls it: with a mesh set, implicit transfers forbidden, arrays sharded."""
+  devices = jax.devices()[:2]
+  mesh = jax.make_mesh((len(devices),), ("fsdp",), devices=devices, axis_types=(kind,))
+  state = make_state(1)
+  place = jax.tree.map(
+    lambda x: NamedSharding(mesh, PartitionSpec(*["fsdp"] * (x.shape[:1] == (8,)))),
+    state,
+  )
+  state = jax.device_put(state, place)
+  wanted = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float16, sharding=x.sharding), state["params"]
+  )
+  with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, state)
+    checkpoints.close()
+    restored = checkpoints.restore_latest(abstract(state)).state
+    params = read_params(tmp_path, wanted)
+  assert as_bytes(restored) == as_bytes(state)
+  for tree, where in ((restored, place), (params, place["params"])):
+    assert jax.tree.all(
+      jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), tree, where)
+    )
+
+
 def test_keep_and_no_save_is_skipped(tmp_path):
   """Back-to-back saves all happen; only the newest `keep` stay."""
   checkpoints = Checkpoints(tmp_path, keep=2)
@@ -192,7 +227,6 @@ def corruptions(data, rng):
   yield "delete", None
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damage_to_the_latest_step_never_gives_wrong_state(tmp_path, caplog):
   """Flip, zero, cut or delete any file of the newest step: exact, or the older step exactly."""
   source = tmp_path / "source"
@@ -225,7 +259,6 @@ def test_damage_to_the_latest_step_never_gives_wrong_state(tmp_path, caplog):
   assert trials > 40 and fallbacks > 15
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_every_flip_in_array_data_is_noticed(tmp_path):
   """A bit flipped in the stored values themselves, which Orbax alone loads without a word."""
   rng = np.random.default_rng(1)
@@ -318,10 +351,6 @@ def test_state_of_host_values_is_refused(tmp_path):
     Checkpoints(tmp_path, keep=1).save(1, {"w": jnp.zeros(1), "step": 3})
 
 
-# Orbax does not await its other coroutines once one has failed.
-QUIET = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
-
-
 def surface_by_wait(checkpoints):
   checkpoints.wait()
 
@@ -336,7 +365,6 @@ def surface_by_next_save(checkpoints):
   checkpoints.save(3, make_state(3))
 
 
-@QUIET
 @pytest.mark.parametrize("surface", [surface_by_wait, surface_by_check, surface_by_next_save])
 def test_disk_error_surfaces_and_later_saves_work(tmp_path, surface):
   """A write that fails in the background is raised by the next call; then saving works again."""
@@ -362,7 +390,6 @@ def test_disk_error_surfaces_and_later_saves_work(tmp_path, surface):
   )
 
 
-@QUIET
 def test_unwritable_root_is_an_error_at_once(tmp_path):
   """A root that cannot take the step raises the same error from save itself."""
   checkpoints = Checkpoints(tmp_path / "root", keep=1)
@@ -425,12 +452,13 @@ def test_read_params_casts_and_leaves_damage_alone(tmp_path, caplog):
 def run_python(code, *arguments):
   """Runs a script in a fresh process; its last line is JSON."""
   env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT), XLA_FLAGS="")
+  env["OPENBLAS_NUM_THREADS"] = "1"  # KILLS forks, which is safe from one thread only
   done = subprocess.run(
     [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
     env=env,
     capture_output=True,
     text=True,
-    timeout=300,
+    timeout=580,
   )
   assert done.returncode == 0, done.stderr[-3000:]
   return json.loads(done.stdout.splitlines()[-1])
@@ -441,7 +469,7 @@ TOPOLOGY = """
   import jax
   jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
   import jax.numpy as jnp, numpy as np
-  from jax.sharding import NamedSharding, PartitionSpec
+  from jax.sharding import AxisType, NamedSharding, PartitionSpec
   from qed_jax.checkpoint import Checkpoints
 
   count = int(sys.argv[2])
@@ -480,6 +508,58 @@ def test_resume_on_other_device_counts(tmp_path):
   assert len({r[2] for r in results}) == 1
 
 
+HOSTS = """
+  import json, pathlib, sys
+  import jax
+  jax.config.update("jax_num_cpu_devices", 2)
+  root, port, process = sys.argv[1], sys.argv[2], int(sys.argv[3])
+  jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+  import numpy as np
+  from jax.experimental import multihost_utils
+  from jax.sharding import AxisType, NamedSharding, PartitionSpec
+  from qed_jax.checkpoint import Checkpoints
+
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ("fsdp",))
+  def put(x, *spec):
+    place = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+  def make(step):
+    w = np.random.default_rng(step).normal(size=(8, 6)).astype(np.float32)
+    return {"params": {"w": put(w, "fsdp"), "b": put(w)}, "n": put(np.array(step, np.int32))}
+
+  checkpoints = Checkpoints(root, keep=2)
+  for step in (1, 2, 3):
+    checkpoints.save(step, make(step), {"process": process})
+  checkpoints.close()
+  if process == 0:
+    for file in pathlib.Path(root).glob("3/params/**/d/*"):
+      data = bytearray(file.read_bytes())
+      data[len(data) // 3] ^= 4
+      file.write_bytes(data)
+  multihost_utils.sync_global_devices("damaged")
+  step, state, host_state = checkpoints.restore_latest(make(0))
+  same = all(
+    np.array_equal(np.asarray(a.data), np.asarray(b.data))
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(make(step)), strict=True)
+    for a, b in zip(x.addressable_shards, y.addressable_shards, strict=True)
+  )
+  print(json.dumps([step, same, host_state]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_save_and_fall_back_together(tmp_path):
+  """Each of two processes writes its shards; both restore the same older step when one is bad."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  with ThreadPoolExecutor() as pool:
+    results = list(pool.map(lambda process: run_python(HOSTS, tmp_path, port, process), (0, 1)))
+  assert results == [[2, True, {"process": 0}]] * 2
+  assert sorted(os.listdir(tmp_path)) == ["2", "3.bad"]
+
+
 KILLS = """
   import json, os, random, signal, sys, time
   import jax, numpy as np
@@ -512,7 +592,7 @@ KILLS = """
       checkpoints.save(step, *make(step))
       os.write(ready, b"saving\\n")
 
-  # The children are forked before any backend starts here, so each pays no imports.
+  # Forked before any backend or thread starts here: the children pay for no imports.
   random.seed(seed)
   seen = []
   for attempt in range(kills + 1):
