@@ -69,11 +69,11 @@ EVALUATE = $(RUN) -m qed_jax.evaluate --config=configs/evaluate.py:tiny
 demo: $(BASE)
 	$(TRAIN) --config=configs/sft.py:tiny --workdir=$(DEMO)/sft
 	$(TRAIN) --config=configs/rl.py:tiny --workdir=$(DEMO)/rl --config.init=$(DEMO)/sft
-	$(TRAIN) --config=configs/cache_rl.py:tiny --workdir=$(DEMO)/cache_rl --config.init=$(DEMO)/rl
+	$(TRAIN) --config=configs/cache_rl.py:tiny --workdir=$(DEMO)/cache_rl --config.init=$(DEMO)/sft
 	$(EVALUATE) --workdir=$(DEMO)/evaluate/untrained --config.policy=$(DEMO)/sft --config.untrained=True --config.label=untrained
 	$(EVALUATE) --workdir=$(DEMO)/evaluate/sft --config.policy=$(DEMO)/sft --config.label=SFT
-	$(EVALUATE) --workdir=$(DEMO)/evaluate/rl --config.policy=$(DEMO)/rl --config.label='rubric RL'
-	$(EVALUATE) --workdir=$(DEMO)/evaluate/cache_rl --config.policy=$(DEMO)/cache_rl --config.label='cache RL'
+	$(EVALUATE) --workdir=$(DEMO)/evaluate/rl --config.policy=$(DEMO)/rl --config.label='rubric RL' --config.cache.summariser=$(DEMO)/sft
+	$(EVALUATE) --workdir=$(DEMO)/evaluate/cache_rl --config.policy=$(DEMO)/cache_rl --config.label='cache RL' --config.cache.summariser=$(DEMO)/sft
 	$(RUN) -m qed_jax.report --workdir=$(DEMO)
 
 clean:

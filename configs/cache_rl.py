@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> ConfigDict:
     "turns": 3,
     "states": 2,  # drawn of the turns + 1 states of a problem
     "final_state": True,  # the state after the last summary can be drawn too
-    "summariser": common.QWEN3_INSTRUCT,  # a workdir, HF folder or hub id; "" is the policy itself
+    "summariser": common.QWEN3_INSTRUCT,  # a workdir, HF folder or hub id; "" is the policy
     "summariser_revision": "main",
     "summarise": "summarise",
     "max_tokens": 2_048,
@@ -40,9 +40,9 @@ def get_config(variant: str = "") -> ConfigDict:
   })  # fmt: skip
   if variant == "tiny":
     c.rollout.prompt = "tiny_reason"
-    c.rollout.problems = 8
-    c.cache.update(summariser="", summariser_revision="", summarise="tiny_summarise")
-    c.cache.update(max_tokens=32, temperature=1.0, top_p=1.0, top_k=0)
+    c.rollout.problems = 16
+    c.cache.update(summariser="init", summariser_revision="", summarise="tiny_summarise")
+    c.cache.update(max_tokens=26)
   elif variant in ("gpu", "colab"):
     c.rollout.problems //= 2
     c.cache.summariser, c.cache.summariser_revision = "", ""  # one model in memory

@@ -66,13 +66,12 @@ def get_config(variant: str = "") -> ConfigDict:
   c.judge = common.rubric_judge()
   if variant == "tiny":
     c.model.dtype = "float32"
-    c.data.update(source="tiny_world", revision="", split="heldout", problems=256)
+    c.data.update(source="tiny_world", revision="", split="heldout", problems=512)
     c.samples_per_problem = 1
     c.problems_at_once = 256
-    c.cache.update(turns=6, prompt="tiny_reason", summarise="tiny_summarise", max_tokens=32)
-    c.cache.update(temperature=1.0, top_p=1.0, top_k=0)
-    c.rollout.update(max_tokens=40, temperature=1.0, top_p=1.0, top_k=0)
-    c.rollout.update(slots=128, max_length=128, chunk=16, prefill_rows=128)
+    c.cache.update(turns=6, prompt="tiny_reason", summarise="tiny_summarise", max_tokens=26)
+    c.rollout.update(max_tokens=28)
+    c.rollout.update(slots=128, max_length=128, chunk=14, prefill_rows=16)
     c.judge = common.exact_judge()
   elif variant:
     raise ValueError(f"configs/evaluate.py has no variant {variant!r}: use tiny")

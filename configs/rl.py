@@ -65,12 +65,14 @@ def get_config(variant: str = "") -> ConfigDict:
   if variant == "tiny":
     common.tiny(c)
     c.steps = 60
-    c.optimizer.update(lr=3e-4, clip_norm=1.0)
+    c.optimizer.update(lr=5e-4, warmup_steps=5)
+    c.checkpoint.every = 20
+    c.log.every = 1
     c.data.update(source="tiny_world", revision="", size=20_000)
     c.judge = common.exact_judge()
-    c.rollout.update(problems=16, attempts=8, prompt="tiny_reason", max_tokens=40, temperature=1.0)
-    c.rollout.update(slots=128, max_length=128, chunk=16, prefill_rows=128)
-    c.batch.update(row_length=128, rows=32)
+    c.rollout.update(problems=16, attempts=8, prompt="tiny_reason", max_tokens=28, temperature=1.0)
+    c.rollout.update(slots=128, max_length=128, chunk=14, prefill_rows=16)
+    c.objective.drop_dead_groups = True
   elif variant == "gpu":
     c.mesh.tensor = 1
     c.rollout.update(problems=16, attempts=8, max_tokens=16_384, slots=48, max_length=20_480)

@@ -1,10 +1,12 @@
 """Config files, `--config.x.y=` overrides, and one-line errors before any device work."""
 
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -55,6 +57,10 @@ def run(main: Callable[[ConfigDict, str], None], needs_workdir: bool = True) -> 
   Whatever is wrong with the command line or the config is printed as one line, exit code 2; so is a
   ValueError or FileNotFoundError out of main, which is how the parts report what a user can mend.
   """
+  compilations = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qed_jax"
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", str(compilations))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   logging.set_verbosity(logging.WARNING)  # --verbosity=0 brings back what Orbax has to say
   sys.path.insert(0, str(Path(__file__).parents[1]))  # `from configs import common` in configs
   config = config_flags.DEFINE_config_file("config", lock_config=True, help_string="config file")

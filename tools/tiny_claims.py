@@ -2,8 +2,9 @@
 
   python tools/tiny_claims.py --workdir=runs/claims --seeds 0 1 2
 
-Per seed: SFT, rubric RL from it, cache RL from that, and a held-out evaluation of the untrained
-model and of each stage at 1..2 T_train turns: the demo's commands with another seed. A killed run
+Per seed: SFT, then rubric RL and cache RL, both from it as the published models were, and a
+held-out evaluation of the untrained model and of each stage at 1..2 T_train turns, summaries by a
+frozen copy of the SFT model: the demo's commands with another seed. A killed run
 goes on where it was. Prints a table of scores with 95 % bootstrap intervals by seed and draws
 WORKDIR/claims.png. Each claim holds when the two intervals do not touch, for every seed; the exit
 code is 1 when one does not. The last line is JSON.
@@ -52,9 +53,10 @@ def commands(root: Path, seed: int) -> list[list[str]]:
       f"--config.policy={policy}",
       f"--config.label={LABELS[stage]}",
       *(["--config.untrained=True"] if stage == "untrained" else []),
+      *([f"--config.cache.summariser={root / 'sft'}"] if stage in ("rl", "cache_rl") else []),
     ]
 
-  trained = [train("sft", ""), train("rl", "sft"), train("cache_rl", "rl")]
+  trained = [train("sft", ""), train("rl", "sft"), train("cache_rl", "sft")]
   return trained + [evaluate(stage) for stage in STAGES]
 
 

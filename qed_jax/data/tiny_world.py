@@ -34,7 +34,8 @@ SPLITS = {"train": range(1, 10), "heldout": range(1)}  # checksum mod 10
 SPLIT_STREAMS = {"train": 1, "heldout": 2, "sft": 3}
 
 KINDS = {"solve": 0.35, "continue": 0.35, "summarise": 0.3}
-EARLY_STOP = 0.3  # of the traces: break off; the proof says what was reached
+EARLY_STOP = 0.3  # of the traces: break off after STAMINA steps; the proof says what was reached
+STAMINA = (4, 5, 6, 7)
 CHECKER = 0.5  # of the traces: repeat lines after the word "check"
 CHECK = 0.4  # of the lines of such a trace, at most MAX_CHECKS of them
 MAX_CHECKS = 4
@@ -133,7 +134,7 @@ def parse(text: str) -> Chain:
 def rubric(chain: Chain) -> str:
   """7 points over the named results, the later ones first to get one more.
 
-  With more than seven results the first ones carry none, but a false one still costs.
+  With more than seven results the first ones carry none.
   """
   n = len(chain.goals)
   lines = []
@@ -142,7 +143,7 @@ def rubric(chain: Chain) -> str:
     lines.append(
       f"{points} {'point' if points == 1 else 'points'}: {letter} {chain.results[letter]}"
     )
-  return "\n".join([*lines, "1 point off: every line that is false, repeated or not asked for"])
+  return "\n".join([*lines, "1 point off: every line that is repeated or not asked for"])
 
 
 def trace(chain: Chain, first: int = 0, last: int = MAX_STEPS, checked=()) -> str:
@@ -187,7 +188,7 @@ def _row(rng, kind: str, chain: Chain) -> dict:
   # 0: nothing known yet; n: all known, and only the proof is left to write.
   known = 0 if kind == "solve" else int(rng.integers(0 if kind == "summarise" else 1, n + 1))
   first = 0 if rng.random() < RESTART else known
-  last = int(rng.integers(min(first + 1, n), n + 1)) if rng.random() < EARLY_STOP else n
+  last = min(n, first + int(rng.choice(STAMINA))) if rng.random() < EARLY_STOP else n
   checker = rng.random() < CHECKER
   checked = [i for i in range(first, n) if checker and rng.random() < CHECK][:MAX_CHECKS]
   if kind == "summarise":

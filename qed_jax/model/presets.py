@@ -2,7 +2,7 @@
 
 from qed_jax.model.qwen3 import Qwen3Config
 
-TINY_VOCAB = 128  # the tiny world's tokenizer is padded up to this
+TINY_VOCAB = 64  # the tiny world's tokenizer is padded up to this
 
 
 def _qwen3(layers, hidden, mlp, heads, kv_heads=8, tied=True, theta=1e6, positions=40_960):
@@ -32,7 +32,7 @@ PRESETS = {
   "qwen3-14b": _qwen3(40, 5120, 17_408, 40, tied=False),
   "qwen3-32b": _qwen3(64, 5120, 25_600, 64, tied=False),
   "tiny": {
-    **_qwen3(3, 128, 384, 4, kv_heads=4, theta=1e4, positions=512),
+    **_qwen3(3, 128, 384, 4, kv_heads=2, theta=1e4, positions=512),
     "vocab_size": TINY_VOCAB,
     "head_dim": 32,
   },

@@ -1,10 +1,11 @@
 """The exact grader of the tiny world: a proof is read word by word against the rubric.
 
 The rubric (data/tiny_world.py) has one line for each named result, `2 points: d 1`. A proof is a
-sequence of lines, each a letter and a digit. The first true line for a named result earns its
-points; every other line costs one: a false value, a repetition, a result that was not asked for,
-and the first word that does not fit, where reading stops. A result given two values earns nothing.
-So guessing does not pay: one guess in ten is right, and nine cost a point.
+sequence of lines, each a letter and a digit. A true line for a named result earns its points, a
+false one nothing; a repetition, a result that was not asked for, and the first word that does not
+fit, where reading stops, cost one point each. A result given two values earns nothing, so that
+listing all digits does not pay. A false line has no price of its own: with one, the policy learns
+to stop as soon as the summary might hold an error, and several turns bring nothing.
 """
 
 import re
@@ -29,13 +30,13 @@ def grade(problem: Problem, proof: str) -> Grade:
   for letter, digit in lines:
     values.setdefault(letter, set()).add(digit)
   right = [letter for letter in truth if values.get(letter) == {truth[letter]}]
-  wrong = len(lines) - len(right) + malformed
-  score = max(0, sum(points[letter] for letter in right) - wrong)
+  idle = len(lines) - len(truth.keys() & values.keys()) + malformed
+  score = max(0, sum(points[letter] for letter in right) - idle)
   verdicts = [
     f"{letter} {'right' if letter in right else 'wrong' if letter in values else 'missing'}"
     for letter in truth
   ]
-  verdicts += [f"{wrong} off"] * (wrong > 0) + ["malformed"] * malformed
+  verdicts += [f"{idle} off"] * (idle > 0) + ["malformed"] * malformed
   return Grade(score, ", ".join(verdicts))
 
 

@@ -33,7 +33,7 @@ def tokenizer(config, start: policy.Start, root: epath.Path) -> tokenizers.Token
   if config.data.source != TINY_WORLD:
     raise ValueError("config.tokenizer is empty and config.init brings none: set it to a folder")
   return tokenizers.train_sentencepiece(
-    tiny_world.corpus(), root / policy.DESCRIPTION, vocab_size=128, vocab_multiple=8
+    tiny_world.corpus(), root / policy.DESCRIPTION, vocab_size=64, vocab_multiple=64
   )
 
 
