@@ -2,7 +2,7 @@
 
   python -m qed_jax.train --config=configs/cache_rl.py --workdir=gs://bucket/cache_rl
   python -m qed_jax.train --config=configs/cache_rl.py:tiny --workdir=runs/cache_rl \
-      --config.init=runs/rl
+      --config.init=runs/sft
 
 The published recipe (qed_nano_rc.yaml): every problem rolls in 3 turns of reason (49,152 tokens, T
 = 0.8) and summarise (2,048 tokens, T = 0.7, top-p 0.8, top-k 20, by a frozen

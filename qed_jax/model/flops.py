@@ -1,4 +1,4 @@
-"""Floating-point operations of Qwen3, counted from its sizes: 2 a multiply-add, causal halves only."""
+"""Floating-point operations of Qwen3 from its sizes: 2 a multiply-add, causal halves only."""
 
 import math
 
