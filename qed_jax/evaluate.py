@@ -54,10 +54,11 @@ def main(config, folder: str) -> None:
 
 
 def read_problems(config) -> list[Problem]:
-  """The first `data.problems` of the benchmark."""
+  """The first `data.problems` of the benchmark; of the tiny world, that many different ones."""
   block = config.data
   if block.source == jobs.TINY_WORLD:
-    return tiny_world.problems(config.seed, block.problems, block.split)
+    drawn = tiny_world.problems(config.seed, 2 * block.problems, block.split)
+    return list({problem.id: problem for problem in drawn}.values())[: block.problems]
   found, report = problem_files.load(
     block.source,
     revision=block.revision,
