@@ -70,7 +70,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.samples_per_problem = 1
     c.problems_at_once = 256
     c.cache.update(turns=6, prompt="tiny_reason", summarise="tiny_summarise", max_tokens=26)
-    c.rollout.update(max_tokens=28)
+    c.rollout.update(max_tokens=22)
     c.rollout.update(slots=128, max_length=128, chunk=14, prefill_rows=16)
     c.judge = common.exact_judge()
   elif variant:

@@ -70,7 +70,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.log.every = 1
     c.data.update(source="tiny_world", revision="", size=20_000)
     c.judge = common.exact_judge()
-    c.rollout.update(problems=16, attempts=8, prompt="tiny_reason", max_tokens=28, temperature=1.0)
+    c.rollout.update(problems=16, attempts=8, prompt="tiny_reason", max_tokens=22, temperature=1.0)
     c.rollout.update(slots=128, max_length=128, chunk=14, prefill_rows=16)
     c.objective.drop_dead_groups = True
   elif variant == "gpu":
