@@ -35,11 +35,13 @@ def rms_norm(x, weight, eps: float):
 def rope_angles(positions_BT, head_dim: int, theta: float, dtype=jnp.float32):
   """cos, sin [B, T, 1, H/2] of the rotary angles.
 
-  The inverse frequencies are float32 from the host, as transformers computes them: at positions
-  past 32k a last-bit difference there would show in the logits.
+  The inverse frequencies are float32 from the host, as transformers has them: at positions past
+  32k a last-bit difference there shows in the logits. torch's float32 power is rounded correctly
+  where numpy's is not, so the power is taken in float64 and then rounded.
   """
   exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-  inverse_frequency = (np.float32(1.0) / np.power(np.float32(theta), exponent))[None, None, None]
+  power = np.power(np.float64(theta), exponent.astype(np.float64)).astype(np.float32)
+  inverse_frequency = (np.float32(1.0) / power)[None, None, None]
   angle = positions_BT.astype(jnp.float32)[:, :, None, None] * inverse_frequency
   return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
 
