@@ -114,6 +114,17 @@ class Engine:
     self._params = weights.sampler_params(self.config, params, self.mesh)
     self._version = version
 
+  def warm_up(self) -> None:
+    """Compiles every program that requests can need; without it the first ones wait for that."""
+    self._need_params()
+    with jax.set_mesh(self.mesh):
+      for bucket in self.prefill_buckets:
+        tokens_PT = self._place(np.zeros((self.prefill_rows, bucket), np.int32))
+        prefilled = sampler.prefill(self.config, self._params, tokens_PT)
+        nothing = self._place(self._attempts([], []))
+        self._state = sampler.admit(self._state, *prefilled, nothing)
+      self._decode()
+
   def submit(self, request: Request) -> int:
     """Queues an attempt -> its ticket. Raises RequestError, one line, when it cannot serve it."""
     self._check(request)
@@ -133,8 +144,7 @@ class Engine:
 
   def step(self) -> None:
     """Fills free slots from the queue, then samples up to `chunk` tokens in every busy slot."""
-    if self._params is None:
-      raise ValueError("the engine has no parameters: call set_params first")
+    self._need_params()
     with jax.set_mesh(self.mesh):
       self._admit()
       if self._running:
@@ -169,6 +179,10 @@ class Engine:
       if progress is not None:
         progress(finished, self.counters.sampled_tokens - before)
     return results
+
+  def _need_params(self) -> None:
+    if self._params is None:
+      raise ValueError("the engine has no parameters: call set_params first")
 
   def _check(self, request: Request) -> None:
     n, vocab = len(request.prompt_tokens), self.config.vocab_size
