@@ -1,10 +1,13 @@
-"""Random Qwen3 folders, saved by transformers itself."""
+"""Random Qwen3 folders, saved by transformers itself, and their way through the converter."""
 
 import json
 from pathlib import Path
 
+import safetensors.numpy
 import torch
 import transformers
+
+from qed_jax import convert
 
 transformers.utils.logging.disable_progress_bar()
 SIZES = {
@@ -42,3 +45,22 @@ def edit(folder: Path, name="config.json", **changes) -> Path:
   kept = {key: item for key, item in value.items() if item is not None}
   (folder / name).write_text(json.dumps(kept))
   return folder
+
+
+def to_jax(source, destination, *flags):
+  convert.main(["--to=jax", f"--src={source}", f"--dst={destination}", *flags])
+  return destination
+
+
+def to_hf(source, destination, *flags):
+  convert.main(["--to=hf", f"--src={source}", f"--dst={destination}", *flags])
+  return destination
+
+
+def bits(folder) -> dict:
+  """{tensor name: (dtype, shape, bytes)} over all shards."""
+  found = {}
+  for file in Path(folder).glob("*.safetensors"):
+    for name, array in safetensors.numpy.load_file(file).items():
+      found[name] = (str(array.dtype), array.shape, array.tobytes())
+  return found

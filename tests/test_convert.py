@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
-from pathlib import Path
 
 import hf_folders
 import huggingface_hub
@@ -18,42 +16,12 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from jax.sharding import NamedSharding
+from hf_folders import bits, to_hf, to_jax
 
-from qed_jax import convert, sharding
+from qed_jax import convert
 from qed_jax.checkpoint import Checkpoints
 from qed_jax.data import tokenizer
-from qed_jax.model import hf_weights, presets, qwen3
-
-HOW = {"dtype": "float32", "remat": "none", "attention": "xla"}
-
-
-def to_jax(source, destination, *flags):
-  convert.main(["--to=jax", f"--src={source}", f"--dst={destination}", *flags])
-  return destination
-
-
-def to_hf(source, destination, *flags):
-  convert.main(["--to=hf", f"--src={source}", f"--dst={destination}", *flags])
-  return destination
-
-
-def bits(folder) -> dict:
-  """{tensor name: (dtype, shape, bytes)} over all shards."""
-  found = {}
-  for file in Path(folder).glob("*.safetensors"):
-    for name, array in safetensors.numpy.load_file(file).items():
-      found[name] = (str(array.dtype), array.shape, array.tobytes())
-  return found
-
-
-def read(folder, mesh, dtype=None):
-  config = presets.from_hf(hf_weights.read_config(folder), **HOW)
-  layout = {
-    path: NamedSharding(mesh, sharding.spec(sharding.WEIGHTS, qwen3.DIMS[path], shape, mesh))
-    for path, shape in qwen3.shapes(config).items()
-  }
-  return qwen3.flatten(hf_weights.load(folder, config, qwen3.unflatten(layout), dtype))
+from qed_jax.model import presets, qwen3
 
 
 def torch_logits(folder):
@@ -203,218 +171,7 @@ def test_an_absolute_path_in_the_config_is_not_published(tmp_path, workdir):
   assert "somebody" not in text and '"rows.parquet"' in text and "random weights" in text
 
 
-# --- into shardings
-
-
-@pytest.mark.parametrize("axes", [(1, 8, 1), (1, 4, 2), (2, 2, 2)])
-@pytest.mark.parametrize("block", [8 * 2**20, 3000])
-def test_sharded_reading_equals_the_file(monkeypatch, tmp_path, axes, block):
-  """Every shard of every parameter, whatever the mesh and however small the blocks."""
-  monkeypatch.setattr(hf_weights, "BLOCK_BYTES", block)
-  folder = hf_folders.make(tmp_path / "m", tie_word_embeddings=False, shard="9KB", vocab_size=64)
-  params = read(folder, sharding.make_mesh(*axes))
-  expected = bits(folder)
-  assert any(not x.is_fully_replicated for x in params.values())
-  seen = set()
-  for path, array in params.items():
-    host = np.asarray(array)
-    layers = range(len(host)) if path.startswith("layers") else [None]
-    for layer in layers:
-      name = hf_weights.hf_name(path, layer)
-      seen.add(name)
-      assert host[layer].tobytes() == expected[name][2], name
-  assert seen == expected.keys()
-
-
-def test_reading_casts_or_keeps_the_widest_dtype(tmp_path):
-  folder = hf_folders.make(tmp_path / "m")
-  arrays = safetensors.numpy.load_file(folder / "model.safetensors")
-  arrays["model.norm.weight"] = np.full(32, 1 / 3, np.float32)
-  safetensors.numpy.save_file(arrays, folder / "model.safetensors", {"format": "pt"})
-  mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-  kept, cast = read(folder, mesh), read(folder, mesh, "bfloat16")
-  assert {str(x.dtype) for x in kept.values()} == {"float32"}
-  assert {str(x.dtype) for x in cast.values()} == {"bfloat16"}
-  np.testing.assert_array_equal(kept["norm"], arrays["model.norm.weight"])
-  np.testing.assert_array_equal(
-    kept["embed_tokens"], arrays["model.embed_tokens.weight"].astype(np.float32)
-  )
-
-
-def test_a_head_beside_a_tied_embedding_must_equal_it(tmp_path):
-  folder = hf_folders.make(tmp_path / "m")
-  arrays = safetensors.numpy.load_file(folder / "model.safetensors")
-  arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
-  save = safetensors.numpy.save_file
-  save(arrays, folder / "model.safetensors", {"format": "pt"})
-  back = to_hf(to_jax(folder, tmp_path / "jax"), tmp_path / "back")
-  assert bits(back).keys() == bits(folder).keys() - {"lm_head.weight"}
-  arrays["lm_head.weight"][66, 31] += 1
-  save(arrays, folder / "model.safetensors", {"format": "pt"})
-  with pytest.raises(ValueError, match="lm_head.weight .* differs from model.embed_tokens.weight"):
-    read(folder, sharding.make_mesh(1, 1, 1, jax.devices()[:1]))
-
-
 # --- what is refused
-
-
-def rewrite(folder, change):
-  """Changes the dictionary of tensors of a folder with one shard."""
-  arrays = safetensors.numpy.load_file(folder / "model.safetensors")
-  change(arrays)
-  safetensors.numpy.save_file(arrays, folder / "model.safetensors", {"format": "pt"})
-
-
-def reindex(folder, change):
-  """Changes the index of a folder with several shards."""
-  index = json.loads((folder / "model.safetensors.index.json").read_text())
-  change(index["weight_map"])
-  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def shorten(file, size):
-  file.write_bytes(file.read_bytes()[:size])
-
-
-UP = "model.layers.1.mlp.up_proj.weight"
-ONE_FILE = {
-  "missing": (
-    lambda f: rewrite(f, lambda a: a.pop(UP)),
-    f"{UP} is missing: config.json asks for shape [48, 32], found none",
-  ),
-  "extra": (
-    lambda f: rewrite(f, lambda a: a.update(spare=np.zeros((3, 5), np.float32))),
-    "spare with shape [3, 5] is not in this model",
-  ),
-  "extra layer": (
-    lambda f: hf_folders.edit(f, num_hidden_layers=1, layer_types=["full_attention"]),
-    "model.layers.1.input_layernorm.weight with shape [32] is not in this model",
-  ),
-  "missing layer": (
-    lambda f: hf_folders.edit(f, num_hidden_layers=10**15),
-    "model.layers.2.input_layernorm.weight is missing: config.json asks for shape [32]",
-  ),
-  "misshapen": (
-    lambda f: rewrite(f, lambda a: a.update({UP: a[UP].T.copy()})),
-    f"{UP} has shape [32, 48], config.json asks for [48, 32]",
-  ),
-  "no head": (
-    lambda f: hf_folders.edit(f, tie_word_embeddings=False),
-    "lm_head.weight is missing: config.json asks for shape [67, 32], found none",
-  ),
-  "whole numbers": (
-    lambda f: rewrite(f, lambda a: a.update({UP: np.ones((48, 32), np.int8)})),
-    f"{UP} is stored as I8: need one of BF16, F16, F32, F64",
-  ),
-  "truncated": (
-    lambda f: shorten(f / "model.safetensors", -100),
-    "model.safetensors is not a whole safetensors file",
-  ),
-  "empty file": (
-    lambda f: shorten(f / "model.safetensors", 0),
-    "model.safetensors is not a whole safetensors file",
-  ),
-  "no weights": (
-    lambda f: (f / "model.safetensors").unlink(),
-    "has neither model.safetensors nor model.safetensors.index.json",
-  ),
-  "no config": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
-  "config of another model": (
-    lambda f: hf_folders.edit(f, model_type="llama"),
-    "model_type='llama': need 'qwen3'",
-  ),
-  "config cut short": (lambda f: shorten(f / "config.json", 50), "config.json is not JSON"),
-  "scaled rope": (
-    lambda f: hf_folders.edit(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
-    "rope type='yarn': only 'default'",
-  ),
-  "no theta": (lambda f: hf_folders.edit(f, rope_parameters=None), "lacks rope_theta"),
-  "a size that is text": (
-    lambda f: hf_folders.edit(f, hidden_size="32"),
-    "hidden_size='32': need a number above 0",
-  ),
-  "heads that do not divide": (
-    lambda f: hf_folders.edit(f, num_key_value_heads=3),
-    "num_attention_heads=4 and num_key_value_heads=3",
-  ),
-}
-SEVERAL_FILES = {
-  "absent shard": (
-    lambda f: min(f.glob("*.safetensors")).unlink(),
-    ".safetensors does not exist: model.safetensors.index.json puts model.",
-  ),
-  "path in the index": (
-    lambda f: reindex(f, lambda m: m.update({UP: "../outside.safetensors"})),
-    f"puts {UP} into '../outside.safetensors': need the name of a file beside it",
-  ),
-  "absolute path in the index": (
-    lambda f: reindex(f, lambda m: m.update({UP: "/etc/passwd"})),
-    f"puts {UP} into '/etc/passwd'",
-  ),
-  "number in the index": (lambda f: reindex(f, lambda m: m.update({UP: 3})), f"puts {UP} into 3"),
-  "name not in its shard": (
-    lambda f: reindex(f, lambda m: m.update(spare=m[UP])),
-    "spare is missing from model-000",
-  ),
-  "name not in the index": (
-    lambda f: reindex(f, lambda m: m.pop("model.norm.weight")),
-    "holds model.norm.weight [32], which model.safetensors.index.json puts into no file",
-  ),
-  "index without a map": (
-    lambda f: (f / "model.safetensors.index.json").write_text("{}"),
-    "has no weight_map",
-  ),
-  "index that is a list": (
-    lambda f: (f / "model.safetensors.index.json").write_text("[" * 100_000),
-    "index.json is not JSON",
-  ),
-}
-
-
-@pytest.mark.parametrize("case", [*ONE_FILE, *SEVERAL_FILES])
-def test_damage_is_named_in_one_line_and_nothing_is_written(capsys, tmp_path, case):
-  damage, expected = (ONE_FILE | SEVERAL_FILES)[case]
-  (tmp_path / "outside.safetensors").write_bytes(b"")
-  folder = hf_folders.make(tmp_path / "m", shard="5GB" if case in ONE_FILE else "5KB")
-  damage(folder)
-  with pytest.raises(SystemExit) as stop:
-    to_jax(folder, tmp_path / "jax")
-  error = capsys.readouterr().err.strip()
-  assert stop.value.code == 2
-  assert expected in error and "\n" not in error
-  assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "outside.safetensors"]
-
-
-def test_random_damage_never_crashes(tmp_path):
-  """400 mutations of header, lengths and index: refused in one line, or the model still fits."""
-  single = hf_folders.make(tmp_path / "single")
-  several = hf_folders.make(tmp_path / "several", shard="9KB")
-  config = presets.from_hf(hf_weights.read_config(single), **HOW)
-  files = [single / "model.safetensors", several / "model.safetensors.index.json"]
-  rng = np.random.default_rng(0)
-  refused = 0
-  for file in files:
-    original = file.read_bytes()
-    reach = min(len(original), 4000)  # the header; the weights themselves may be anything
-    for _ in range(200):
-      damaged = bytearray(original)
-      for _ in range(rng.integers(1, 4)):
-        at = int(rng.integers(8 if rng.random() < 0.5 else reach))
-        kind = rng.integers(3)
-        if kind == 0:
-          damaged[at] = int(rng.integers(256))
-        elif kind == 1:
-          del damaged[at : at + int(rng.integers(1, 9))]
-        else:
-          damaged[at:at] = bytes(rng.choice(list(b'0123456789[]{}",:./\\ '), 3).astype(np.uint8))
-      file.write_bytes(damaged)
-      try:
-        hf_weights.check(file.parent, config)
-      except (ValueError, FileNotFoundError) as error:
-        assert "\n" not in str(error)
-        refused += 1
-    file.write_bytes(original)
-  assert refused > 300
 
 
 @pytest.mark.parametrize(
@@ -497,7 +254,7 @@ def test_a_kill_leaves_nothing_that_looks_like_a_model(tmp_path, workdir, stage)
 
 
 MEMORY = r"""
-import json, re, sys
+import json, re, sys, tempfile
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from qed_jax import sharding
@@ -508,32 +265,43 @@ def peak():  # not getrusage: its peak is that of the process that started this 
 
 folder, dtype = sys.argv[1:]
 layout = NamedSharding(sharding.make_mesh(1, 1, 1, jax.devices()[:1]), PartitionSpec())
-config = presets.from_hf(
-  {"model_type": "qwen3", "vocab_size": 65_536, "hidden_size": 512, "intermediate_size": 4096,
-   "num_hidden_layers": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128,
-   "rope_theta": 1e4, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
-   "tie_word_embeddings": True}, dtype="float32", remat="none", attention="xla")
-jnp.ones(8).block_until_ready()
-start = peak()
-if dtype == "write":
+
+def config_of(vocab, width, mlp, layers):
+  return presets.from_hf(
+    {"model_type": "qwen3", "vocab_size": vocab, "hidden_size": width, "intermediate_size": mlp,
+     "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+     "head_dim": 128, "rope_theta": 1e4, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+     "tie_word_embeddings": True}, dtype="float32", remat="none", attention="xla")
+
+def write(config, folder):
   params = {path: jnp.full(shape, 0.5, "bfloat16") for path, shape in qwen3.shapes(config).items()}
   hf_weights.save(folder, config, qwen3.unflatten(params), "bfloat16", "60MB")
-else:
+  return params
+
+def read(config, folder, dtype):
   layouts = qwen3.unflatten(dict.fromkeys(qwen3.shapes(config), layout))
-  params = qwen3.flatten(hf_weights.load(folder, config, layouts, dtype))
-  assert all(bool((x[-1] == 0.5).all()) for x in params.values())
+  return qwen3.flatten(hf_weights.load(folder, config, layouts, dtype))
+
+with tempfile.TemporaryDirectory() as small:  # what the libraries need the first time
+  write(config_of(64, 32, 64, 2), small)
+  read(config_of(64, 32, 64, 2), small, "float32")
+config = config_of(131_072, 512, 4096, 16)
+start = peak()
+params = write(config, folder) if dtype == "write" else read(config, folder, dtype)
+highest = peak()
+assert all(bool((x[-1] == 0.5).all()) for x in params.values())
 owned = sum(x.nbytes for x in params.values())
 largest = params["embed_tokens"].size * 2
-print(json.dumps({"extra": peak() - start - owned, "owned": owned, "largest": largest}))
+print(json.dumps({"extra": highest - start - owned, "owned": owned, "largest": largest}))
 """
 
 
 def test_peak_memory_is_the_parameters_and_a_few_blocks(tmp_path):
-  """Over what the process owns, less than 1.5 tensors; the largest is 64 MiB of 290 MiB."""
+  """Over what the process owns, less than 1.5 tensors; the largest is 128 MiB of 340."""
 
   def measure(mode):
     run = subprocess.run(
-      [sys.executable, "-c", textwrap.dedent(MEMORY), str(tmp_path), mode],
+      [sys.executable, "-c", MEMORY, str(tmp_path), mode],
       capture_output=True,
       text=True,
       env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
@@ -543,6 +311,6 @@ def test_peak_memory_is_the_parameters_and_a_few_blocks(tmp_path):
 
   for mode in ("write", "bfloat16", "float32"):
     found = measure(mode)
-    assert found["largest"] == 2**26 and found["owned"] > 4 * found["largest"]
+    assert found["largest"] == 2**27 and found["owned"] > 2.5 * found["largest"]
     assert found["extra"] < 1.5 * found["largest"], (mode, found)
     print(mode, found)
