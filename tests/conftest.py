@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import dataclasses  # noqa: E402
+import importlib.util  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
@@ -50,3 +51,13 @@ def tiny():
 def tiny_with():
   """tiny_with(num_heads=8, ...) -> config; sizes as in `tiny` unless given."""
   return lambda **changes: dataclasses.replace(TINY, **changes)
+
+
+# Whole files that make their models with torch, which only the main lane installs.
+WITH_TORCH = ["test_convert.py", "test_hf_weights.py", "test_parity.py"]
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+collect_ignore = [] if HAS_TORCH else WITH_TORCH
+
+
+def pytest_report_header(config):
+  return [] if HAS_TORCH else f"no torch here: {', '.join(WITH_TORCH)} are left out"

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qed_jax import optim
@@ -53,6 +52,7 @@ def as_bytes(tree):
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_equals_torch_adamw(decay_norms, schedule):
   """Fifteen steps, some clipped, decay by path, a schedule: the weights of torch.optim.AdamW."""
+  torch = pytest.importorskip("torch", reason="torch is installed on the main lane only")
   optimizer = make(decay_norms=decay_norms, schedule=schedule, warmup_steps=4)
   params = make_params()
   paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
