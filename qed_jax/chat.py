@@ -206,13 +206,16 @@ class HttpChat:
           self.stats["cache_hits"] += 1
           usage = Usage(reply.input_tokens, reply.output_tokens)
         else:
-          reply, usage = await self._ask(body)
-          await asyncio.to_thread(self._cache.add, key, reply)
+          reply, usage = await self._ask(body, key)
     text = replies.fold(reply, self._endpoint.hides_thinking) if thinking else reply.content
     return Completion(text=text, finish_reason=reply.finish_reason, usage=usage)
 
-  async def _ask(self, body: dict[str, Any]) -> tuple[replies.Reply, Usage]:
-    """The retry policy. A Retry-After binds every call of this object, a back-off only its own."""
+  async def _ask(self, body: dict[str, Any], key: str | None = None) -> tuple[replies.Reply, Usage]:
+    """The retry policy. A Retry-After binds every call of this object, a back-off only its own.
+
+    key: what the reply is kept under, before its slot goes to another request: a kill then loses
+    no more replies than there are slots.
+    """
     start = None
     fault = _Fault("no answer")
     for attempt in range(1, self._attempts + 1):
@@ -237,6 +240,8 @@ class HttpChat:
         else:
           self.stats["tokens"] += reply.input_tokens + reply.output_tokens
           seconds = self._clock() - sent
+          if key is not None:
+            await asyncio.to_thread(self._cache.add, key, reply)
           return reply, Usage(reply.input_tokens, reply.output_tokens, seconds, attempt)
       if fault.final:
         raise self._error("the request cannot succeed", fault)

@@ -86,11 +86,17 @@ def shardings(rules: dict, mesh: Mesh, letters, shapes):
   )
 
 
+def several_devices() -> bool:
+  """Whether what is being traced is for a mesh of more than one device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and mesh.size > 1
+
+
 def constrain(x, letters: str):
   """Pin an activation's layout by its letters; nothing to do outside a mesh."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  if not several_devices():
     return x
+  mesh = jax.sharding.get_abstract_mesh()
   return jax.lax.with_sharding_constraint(x, spec(ACTIVATIONS, letters, x.shape, mesh))
 
 

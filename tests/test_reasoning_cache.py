@@ -1,4 +1,4 @@
-"""The reasoning-cache scaffold against a scripted chat: what is asked, in which order, with what."""
+"""The reasoning-cache scaffold against a scripted chat: what is asked, in which order."""
 
 import asyncio
 

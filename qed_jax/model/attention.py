@@ -21,29 +21,39 @@ def attention(q_BTNH, k_BTKH, v_BTKH, start_BT, implementation: str):
   return IMPLEMENTATIONS[implementation](q_BTNH, k_BTKH, v_BTKH, start_BT)
 
 
-def attend_block(q_BTKGH, k_BSKH, v_BSKH, visible_BTS):
-  """softmax(q k / sqrt(H)) v over the visible keys; [B, T, K, G, H]."""
-  wide = at_least_float32(q_BTKGH.dtype)
-  scale = q_BTKGH.shape[-1] ** -0.5
-  s_BKGTS = einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, out_dtype=wide) * scale
-  s_BKGTS = jnp.where(visible_BTS[:, None, None], s_BKGTS, MASKED)
-  p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1).astype(v_BSKH.dtype)
-  return einsum("BKGTS,BSKH->BTKGH", p_BKGTS, v_BSKH)
+def attend(q_BTNH, k_BKSH, v_BKSH, visible_BTS):
+  """softmax(q k / sqrt(H)) v over the visible keys: o_BTNH.
+
+  The G query heads of a key head are rows of one product, X = G * T, and the softmax is divided by
+  its sum after the product with v: nothing of the size of the scores is transposed, divided or, in
+  the backward pass, summed.
+  """
+  B, T, N, H = q_BTNH.shape
+  K, S = k_BKSH.shape[1:3]
+  G = N // K
+  q_BKXH = jnp.moveaxis(q_BTNH.reshape(B, T, K, G, H), 1, 3).reshape(B, K, G * T, H)
+  wide = at_least_float32(q_BTNH.dtype)
+  s_BKXS = einsum("BKXH,BKSH->BKXS", q_BKXH, k_BKSH, out_dtype=wide) * H**-0.5
+  s_BKGTS = jnp.where(visible_BTS[:, None, None], s_BKXS.reshape(B, K, G, T, S), MASKED)
+  largest_BKGT1 = jax.lax.stop_gradient(jnp.max(s_BKGTS, axis=-1, keepdims=True))
+  e_BKXS = jnp.exp(s_BKGTS - largest_BKGT1).reshape(s_BKXS.shape)
+  o_BKXH = einsum("BKXS,BKSH->BKXH", e_BKXS.astype(v_BKSH.dtype), v_BKSH, out_dtype=wide)
+  o_BKXH = (o_BKXH / jnp.sum(e_BKXS, axis=-1, keepdims=True)).astype(q_BTNH.dtype)
+  return jnp.moveaxis(o_BKXH.reshape(B, K, G, T, H), 3, 1).reshape(B, T, N, H)
 
 
 def xla_attention(q_BTNH, k_BSKH, v_BSKH, start_BT):
   """Plain XLA, a chunk of queries at a time, recomputed in the backward pass."""
   B, T, N, H = q_BTNH.shape
-  S, K = k_BSKH.shape[1:3]
-  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-  key_11S = jnp.arange(S)[None, None]
+  k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
+  key_11S = jnp.arange(k_BKSH.shape[2])[None, None]
 
-  def block(q_BCKGH, start_BC, query_C):
+  def block(q_BCNH, start_BC, query_C):
     visible_BCS = (key_11S >= start_BC[:, :, None]) & (key_11S <= query_C[None, :, None])
-    return attend_block(q_BCKGH, k_BSKH, v_BSKH, visible_BCS)
+    return attend(q_BCNH, k_BKSH, v_BKSH, visible_BCS)
 
   if T <= QUERY_CHUNK:
-    return block(q_BTKGH, start_BT, jnp.arange(T)).reshape(q_BTNH.shape)
+    return block(q_BTNH, start_BT, jnp.arange(T))
 
   pad = -T % QUERY_CHUNK
   chunks = (T + pad) // QUERY_CHUNK
@@ -54,7 +64,7 @@ def xla_attention(q_BTNH, k_BSKH, v_BSKH, start_BT):
 
   query_T = jnp.arange(T + pad).reshape(chunks, QUERY_CHUNK)
   run = jax.checkpoint(lambda chunk: block(*chunk))
-  o = jax.lax.map(run, (split(q_BTKGH), split(start_BT), query_T))
+  o = jax.lax.map(run, (split(q_BTNH), split(start_BT), query_T))
   return jnp.moveaxis(o, 0, 1).reshape(B, T + pad, N, H)[:, :T]
 
 
@@ -67,17 +77,7 @@ def cache_attention(q_BTNH, kv_cache, layer, positions_BT):
 
   Cache index s holds the token at position s, so a token at position p sees s <= p.
   """
-  B, T, N, H = q_BTNH.shape
   k_BKSH = jax.lax.dynamic_index_in_dim(kv_cache.k_LBKSH, layer, 0, keepdims=False)
   v_BKSH = jax.lax.dynamic_index_in_dim(kv_cache.v_LBKSH, layer, 0, keepdims=False)
-  K, S = k_BKSH.shape[1:3]
-  G = N // K
-  # X = G * T: the query rows of a key/value head.
-  q_BKXH = jnp.moveaxis(q_BTNH.reshape(B, T, K, G, H), 1, 3).reshape(B, K, G * T, H)
-  wide = at_least_float32(q_BTNH.dtype)
-  s_BKXS = einsum("BKXH,BKSH->BKXS", q_BKXH, k_BKSH, out_dtype=wide) * H**-0.5
-  visible_BXS = jnp.arange(S)[None, None] <= jnp.tile(positions_BT, (1, G))[:, :, None]
-  s_BKXS = jnp.where(visible_BXS[:, None], s_BKXS, MASKED)
-  p_BKXS = jax.nn.softmax(s_BKXS, axis=-1).astype(v_BKSH.dtype)
-  o_BKXH = einsum("BKXS,BKSH->BKXH", p_BKXS, v_BKSH)
-  return jnp.moveaxis(o_BKXH.reshape(B, K, G, T, H), 3, 1).reshape(q_BTNH.shape)
+  key_11S = jnp.arange(k_BKSH.shape[2])[None, None]
+  return attend(q_BTNH, k_BKSH, v_BKSH, key_11S <= positions_BT[:, :, None])

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qed_jax.sharding import several_devices
+
 
 def einsum(equation: str, *operands, out_dtype=None):
   """jnp.einsum; float32 operands are multiplied in full float32 on every backend.
@@ -17,6 +19,20 @@ def einsum(equation: str, *operands, out_dtype=None):
     precision=jax.lax.Precision.HIGHEST if full else None,
     preferred_element_type=out_dtype,
   )
+
+
+def linear(x, w, out_dtype=None):
+  """x [..., in] by w [out, in] -> [..., out], computed in x's dtype.
+
+  On one device it is a product of two matrices: of a product over [B, T], XLA on a CPU computes the
+  weight's gradient from a transposed copy that takes as long. On several, B and T stay apart, since
+  each has its own layout.
+  """
+  w = w.astype(x.dtype)
+  if several_devices():
+    return einsum("...I,OI->...O", x, w, out_dtype=out_dtype)
+  y_MO = einsum("MI,OI->MO", x.reshape(-1, x.shape[-1]), w, out_dtype=out_dtype)
+  return y_MO.reshape(*x.shape[:-1], w.shape[0])
 
 
 def at_least_float32(dtype):
@@ -40,7 +56,7 @@ def rope_angles(positions_BT, head_dim: int, theta: float, dtype=jnp.float32):
   where numpy's is not, so the power is taken in float64 and then rounded.
   """
   exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-  power = np.power(np.float64(theta), exponent.astype(np.float64)).astype(np.float32)
+  power = np.power(np.float64(np.float32(theta)), exponent.astype(np.float64)).astype(np.float32)
   inverse_frequency = (np.float32(1.0) / power)[None, None, None]
   angle = positions_BT.astype(jnp.float32)[:, :, None, None] * inverse_frequency
   return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)

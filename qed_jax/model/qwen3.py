@@ -17,7 +17,7 @@ from qed_jax.model import kv_cache as kv
 from qed_jax.model.attention import attention, cache_attention
 from qed_jax.model.layers import (
   at_least_float32,
-  einsum,
+  linear,
   rms_norm,
   rope,
   rope_angles,
@@ -122,17 +122,15 @@ def _param(config: Qwen3Config, rngs: nnx.Rngs, path: str) -> nnx.Param:
 
 
 def to_heads(x_BTD, w_NHD):
-  """x w by head: [B, T, N, H]. A product of matrices: given [N, H, D], XLA copies the weight."""
+  """x w by head: [B, T, N, H]."""
   N, H, D = w_NHD.shape
-  y_BTX = einsum("BTD,XD->BTX", x_BTD, w_NHD.reshape(N * H, D).astype(x_BTD.dtype))
-  return y_BTX.reshape(*x_BTD.shape[:2], N, H)
+  return linear(x_BTD, w_NHD.reshape(N * H, D)).reshape(*x_BTD.shape[:2], N, H)
 
 
 def from_heads(o_BTNH, w_DNH):
   """The heads' outputs to the width: [B, T, D]."""
   B, T, N, H = o_BTNH.shape
-  w_DX = w_DNH.reshape(-1, N * H).astype(o_BTNH.dtype)
-  return einsum("BTX,DX->BTD", o_BTNH.reshape(B, T, N * H), w_DX)
+  return linear(o_BTNH.reshape(B, T, N * H), w_DNH.reshape(-1, N * H))
 
 
 class Attention(nnx.Module):
@@ -163,10 +161,9 @@ class MLP(nnx.Module):
       setattr(self, name, _param(config, rngs, f"layers.mlp.{name}"))
 
   def __call__(self, x_BTD):
-    dtype = x_BTD.dtype
-    gate_BTF = constrain(einsum("BTD,FD->BTF", x_BTD, self.gate_proj[...].astype(dtype)), "BTF")
-    up_BTF = constrain(einsum("BTD,FD->BTF", x_BTD, self.up_proj[...].astype(dtype)), "BTF")
-    return einsum("BTF,DF->BTD", jax.nn.silu(gate_BTF) * up_BTF, self.down_proj[...].astype(dtype))
+    gate_BTF = constrain(linear(x_BTD, self.gate_proj[...]), "BTF")
+    up_BTF = constrain(linear(x_BTD, self.up_proj[...]), "BTF")
+    return linear(jax.nn.silu(gate_BTF) * up_BTF, self.down_proj[...])
 
 
 class Block(nnx.Module):
@@ -250,7 +247,7 @@ class Qwen3(nnx.Module):
   def logits(self, x):
     """x [..., D] -> float32 logits [..., V]."""
     wide = at_least_float32(self.config.dtype)
-    return einsum("...D,VD->...V", x, self.head().astype(x.dtype), out_dtype=wide)
+    return linear(x, self.head(), out_dtype=wide)
 
 
 REMAT = {
@@ -319,8 +316,9 @@ def score(config: Qwen3Config, params: dict, batch, temperature: float, chunk: i
     lse_BC = jax.nn.logsumexp(z_BCV, axis=-1)
     hit_BCV = jax.lax.broadcasted_iota(jnp.int32, z_BCV.shape, 2) == target_BC[..., None]
     logp_BC = jnp.sum(jnp.where(hit_BCV, z_BCV, 0), axis=-1) - lse_BC
-    p_BCV = jnp.exp(z_BCV - lse_BC[..., None])
-    return logp_BC, lse_BC - jnp.sum(p_BCV * z_BCV, axis=-1)
+    # Not lse - sum(p z): with large logits that is the small difference of two large numbers.
+    logp_BCV = z_BCV - lse_BC[..., None]
+    return logp_BC, -jnp.sum(jnp.exp(logp_BCV) * logp_BCV, axis=-1)
 
   def join(x_nBC):
     x_BT = jnp.moveaxis(x_nBC, 0, 1).reshape(B, T + pad)[:, :T]

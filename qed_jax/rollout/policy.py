@@ -71,6 +71,8 @@ def sizes(start: Start, block) -> qwen3.Qwen3Config:
     if not block.preset:
       raise ValueError("config.init and config.model.preset are both empty: give one of them")
     return presets.from_preset(block.preset, **how)
+  if start.kind == "hf":
+    return presets.from_hf(hf_weights.read_config(start.folder), **how)
   return presets.from_hf(json.loads((start.folder / "config.json").read_text()), **how)
 
 
