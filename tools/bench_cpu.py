@@ -139,13 +139,11 @@ def our_work(inputs: dict) -> dict:
   import jax
   import jax.numpy as jnp
 
-  from qed_jax.host_memory import keep_freed_pages
   from qed_jax.model import qwen3
   from qed_jax.records import Batch
   from qed_jax.rollout.engine import Engine, Request
   from qed_jax.sharding import make_mesh
 
-  keep_freed_pages()  # as train.py does on a CPU
   config = qwen3.Qwen3Config(
     **SIZES,
     rope_theta=1e4,
