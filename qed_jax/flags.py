@@ -10,6 +10,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from qed_jax import host_memory
+
 # What a number may be; a field is looked up by its last name.
 POSITIVE = {
   "lr", "steps", "row_length", "rows", "problems", "attempts", "turns", "states", "slots",
@@ -57,6 +59,7 @@ def run(main: Callable[[ConfigDict, str], None], needs_workdir: bool = True) -> 
   Whatever is wrong with the command line or the config is printed as one line, exit code 2; so is a
   ValueError or FileNotFoundError out of main, which is how the parts report what a user can mend.
   """
+  host_memory.share_one_arena()
   compilations = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qed_jax"
   if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(compilations))

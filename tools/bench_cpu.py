@@ -139,11 +139,13 @@ def our_work(inputs: dict) -> dict:
   import jax
   import jax.numpy as jnp
 
+  from qed_jax import host_memory
   from qed_jax.model import qwen3
   from qed_jax.records import Batch
   from qed_jax.rollout.engine import Engine, Request
   from qed_jax.sharding import make_mesh
 
+  host_memory.share_one_arena()  # as the programs do
   config = qwen3.Qwen3Config(
     **SIZES,
     rope_theta=1e4,
