@@ -6,6 +6,7 @@ the row's key alone, so a row draws the same token whatever its neighbours ask f
 """
 
 import dataclasses
+import math
 import zlib
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 MAX_TOP_K = 128  # values that lax.top_k returns a row: a static size, whatever the rows ask for
+FOLD = 16  # rows that the vocabulary is folded into; divides Qwen3's on meshes of up to 16
 
 
 @jax.tree_util.register_dataclass
@@ -56,35 +58,63 @@ def sample(logits_BV, key_B, position_B, controls: Controls, truncated_logp: boo
   temperature_B = jnp.where(greedy_B, 1, controls.temperature_B).astype(logits_BV.dtype)
   z_BV = logits_BV / temperature_B[:, None]
   kept_BV = support(z_BV, controls)
-
-  def noise():
-    keys = jax.vmap(jax.random.fold_in)(key_B, position_B)
-    gumbel = lambda key: jax.random.gumbel(key, z_BV.shape[1:], z_BV.dtype)  # noqa: E731
-    return jnp.where(greedy_B[:, None], 0, jax.vmap(gumbel)(keys))
-
-  noise_BV = jax.lax.cond(jnp.all(greedy_B), lambda: jnp.zeros_like(z_BV), noise)
-  noisy_BV = jnp.where(kept_BV, z_BV + noise_BV, -jnp.inf)
-  # The first of the largest. XLA's argmax reduces pairs, eight times slower than this on a CPU.
-  vocab_BV = jax.lax.broadcasted_iota(jnp.int32, z_BV.shape, 1)
-  largest_BV = noisy_BV == jnp.max(noisy_BV, axis=-1, keepdims=True)
-  token_B = jnp.min(jnp.where(largest_BV, vocab_BV, z_BV.shape[1] - 1), axis=-1)
-  scored_BV = jnp.where(kept_BV, z_BV, -jnp.inf) if truncated_logp else z_BV
-  chosen_BV = vocab_BV == token_B[:, None]
-  logp_B = jnp.sum(jnp.where(chosen_BV, z_BV, 0), -1) - jax.nn.logsumexp(scored_BV, -1)
+  largest_B1 = jnp.max(z_BV, axis=-1, keepdims=True)  # every support has it
+  mass_BV = jnp.exp(kept_BV - largest_B1)
+  drawn_B, z_drawn_B = jax.lax.cond(
+    jnp.all(greedy_B),
+    lambda: (jnp.zeros_like(greedy_B, jnp.int32), largest_B1[:, 0]),
+    lambda: draw(kept_BV, mass_BV, jax.vmap(jax.random.fold_in)(key_B, position_B)),
+  )
+  first_B = jax.lax.cond(
+    jnp.any(greedy_B), lambda: first_largest(z_BV, largest_B1), lambda: drawn_B
+  )
+  token_B = jnp.where(greedy_B, first_B, drawn_B)
+  total_B = jnp.sum(mass_BV if truncated_logp else jnp.exp(z_BV - largest_B1), axis=-1)
+  lse_B = largest_B1[:, 0] + jnp.log(total_B)
+  logp_B = jnp.where(greedy_B, largest_B1[:, 0], z_drawn_B) - lse_B
   return token_B, logp_B.astype(jnp.float32)
 
 
+def draw(z_BV, mass_BV, key_B):
+  """A token by its mass -> (token_B, z of it): Gumbel-max over columns, then inside the column.
+
+  The vocabulary is folded into a few rows; drawing a column by its mass, then a token of it, is
+  drawing a token, for a fraction of the noise: at V = 151,936 it is 9,496 + 16 numbers a row.
+  """
+  B, V = z_BV.shape
+  fold = math.gcd(V, FOLD)
+  columns = V // fold
+
+  gumbel = lambda key: jax.random.gumbel(key, (columns + fold,), z_BV.dtype)  # noqa: E731
+  column_noise_BJ, token_noise_BI = jnp.split(jax.vmap(gumbel)(key_B), [columns], axis=1)
+  mass_BJ = jnp.sum(mass_BV.reshape(B, fold, columns), axis=1)
+  j_B = jnp.argmax(jnp.log(mass_BJ) + column_noise_BJ, axis=-1).astype(jnp.int32)
+  z_BIJ = z_BV.reshape(B, fold, columns)
+  z_BI = jnp.take_along_axis(z_BIJ, j_B[:, None, None], axis=2)[:, :, 0]
+  i_B = jnp.argmax(z_BI + token_noise_BI, axis=-1).astype(jnp.int32)
+  return i_B * columns + j_B, jnp.take_along_axis(z_BI, i_B[:, None], axis=1)[:, 0]
+
+
+def first_largest(z_BV, largest_B1):
+  """argmax. XLA's own reduces pairs, eight times slower than two plain reductions on a CPU."""
+  vocab_BV = jax.lax.broadcasted_iota(jnp.int32, z_BV.shape, 1)
+  return jnp.min(jnp.where(z_BV == largest_B1, vocab_BV, z_BV.shape[1] - 1), axis=-1)
+
+
 def support(z_BV, controls: Controls):
-  """bool [B, V]: the tokens that top-k and top-p leave."""
+  """z_BV with -inf where top-k or top-p drops the token."""
   top_k_B, top_p_B = controls.top_k_B, controls.top_p_B
-  everything = lambda: jnp.ones(z_BV.shape, bool)  # noqa: E731
-  by_count_BV = jax.lax.cond(
-    jnp.any(top_k_B > 0), lambda: within_top_k(z_BV, top_k_B, top_p_B), everything
-  )
-  by_mass_BV = jax.lax.cond(
-    jnp.any((top_k_B == 0) & (top_p_B < 1)), lambda: within_top_p(z_BV, top_p_B), everything
-  )
-  return jnp.where((top_k_B > 0)[:, None], by_count_BV, by_mass_BV)
+
+  def within(asked_B, rule):
+    everything = lambda: jnp.ones(z_BV.shape, bool)  # noqa: E731
+    return jax.lax.cond(jnp.any(asked_B), rule, everything)
+
+  def truncated():
+    by_count_BV = within(top_k_B > 0, lambda: within_top_k(z_BV, top_k_B, top_p_B))
+    by_mass_BV = within((top_k_B == 0) & (top_p_B < 1), lambda: within_top_p(z_BV, top_p_B))
+    return jnp.where(jnp.where((top_k_B > 0)[:, None], by_count_BV, by_mass_BV), z_BV, -jnp.inf)
+
+  return jax.lax.cond(jnp.any((top_k_B > 0) | (top_p_B < 1)), truncated, lambda: z_BV)
 
 
 def within_top_k(z_BV, top_k_B, top_p_B):
