@@ -7,6 +7,7 @@ import statistics
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 # Panels come in this order, the rest of the metrics after them by name.
 PANELS = (
@@ -165,6 +166,8 @@ def panel(group: str, lines: dict[str, Curve]) -> dict:
   middles = [statistics.median(lines[n][1]) for n in shown]
   if min(min(lines[n][1]) for n in shown) > 0 and max(middles) > 30 * min(middles):
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")  # its own writes powers as mathematics
+    ax.yaxis.set_minor_formatter(NullFormatter())
   ax.set_xlabel("step")
   if len(set(lines[shown[0]][1])) == 1 == len(shown):
     ax.set_ylim(lines[shown[0]][1][0] - 1, lines[shown[0]][1][0] + 1)

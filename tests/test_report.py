@@ -6,6 +6,7 @@ import html.parser
 import json
 import re
 
+import matplotlib
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -353,6 +354,14 @@ def test_a_step_logged_twice_counts_once():
   """After a resume the later line of a step is the one that is drawn."""
   rows = [{"step": 1, "a": 1}, {"step": 2, "a": 2}, {"step": 2, "a": 5}, {"step": 0, "a": 0.5}]
   assert report.curves(rows, []) == {"a": ([0, 1, 2], [0.5, 1, 5])}
+
+
+def test_an_axis_of_powers_is_written_in_plain_numbers():
+  """Labels are text, never mathematics, so that no model can draw with them: ticks follow."""
+  with matplotlib.rc_context({**figures.STYLE, "svg.fonttype": "none"}):
+    made = figures.panel("seconds", {"data": ([1, 2], [1e-3, 2e-3]), "train": ([1, 2], [0.1, 0.3])})
+  svg = base64.b64decode(made["src"].partition(",")[2]).decode()
+  assert ">0.01</text>" in svg and "math" not in svg
 
 
 def test_values_that_are_no_numbers_are_no_curves():

@@ -115,6 +115,29 @@ def test_rl_resumes_to_the_same_weights_and_samples(job, started, tmp_path, monk
 
 
 @pytest.mark.slow
+def test_kl_is_to_the_policy_that_the_run_began_from(started, tmp_path, monkeypatch):
+  """Zero at the first step, more after it, and a run that was cut keeps the same reference."""
+
+  def config():
+    c = small(rl.get_config("tiny"), 4)
+    c.init = str(started)
+    c.optimizer.lr = 1e-2
+    # The entropy bonus moves a policy whose groups have no advantage.
+    c.objective.update(kl_coef=0.1, entropy_coef=1.0, drop_dead_groups=False)
+    return c
+
+  train.main(config(), str(tmp_path / "whole"))
+  with monkeypatch.context() as patch:
+    interrupt_at(patch, 3)
+    with pytest.raises(Interrupted):
+      train.main(config(), str(tmp_path / "cut"))
+  train.main(config(), str(tmp_path / "cut"))
+  kl = [row["kl_reference"] for row in rows_of(tmp_path / "whole")]
+  assert abs(kl[0]) < 1e-6 and min(kl[1:]) > 1e-6, kl
+  assert kl == [row["kl_reference"] for row in rows_of(tmp_path / "cut")]
+
+
+@pytest.mark.slow
 def test_microbatches_give_the_same_update(started, tmp_path):
   """Rows four at a time or all at once: equal weights to 1e-6."""
   for at_once in (0, 4):

@@ -10,10 +10,10 @@ Tokens are random from a seed, so that no tokenizer is needed. Compared are the 
   one long row, where the model is small enough for it to be quick.
 Both sides are fed with torch's tokens. A greedy token may differ only where torch's two best
 logits are closer than the difference measured. The limit is 2e-4. With very large weights float32
-itself is coarser: a case over the limit passes only within 4 times torch's own float32 error, taken
-against torch in float64; table and JSON name such cases. Prints a table, then one line of JSON:
-max_abs_diff is the largest difference, over_limit names the cases above the limit. Exit status:
-0; 1 when a case fails; 2 for a folder that cannot be compared.
+itself is coarser, so beside a case over the limit stands torch's own float32 error there, taken
+against torch in float64. Prints a table, then one line of JSON: max_abs_diff is the largest
+difference, over_limit names the cases above the limit. Exit status: 0; 1 over the limit or for a
+wrong token; 2 for a folder that cannot be compared.
 """
 
 import argparse
@@ -37,7 +37,6 @@ from qed_jax import sharding  # noqa: E402
 from qed_jax.model import hf_weights, kv_cache, presets, qwen3  # noqa: E402
 
 LIMIT = 2e-4
-ROUNDING = 4  # times torch's own float32 error
 LENGTHS = (1, 17, 160)
 WIDTH = 64  # tokens of a row at far positions
 SPREAD = 65_536
@@ -60,27 +59,23 @@ def main(argv: list[str]) -> int:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
   rng = np.random.default_rng(args.seed)
-  diffs, failed, greedy = {}, [], {}
+  diffs, over_limit, greedy = {}, [], {}
   with torch.no_grad():
     for case, ours, theirs, in_float64 in comparisons(config, params, model, rng, greedy):
       diffs[case] = largest(ours, theirs)
       note = ""
       if not diffs[case] <= LIMIT:
-        exact = in_float64()
-        rounding = largest(theirs, exact)
-        if not largest(ours, exact) <= ROUNDING * rounding:
-          failed.append(case)
-        note = f"  over the limit (torch's own float32 error: {rounding:.2e})"
+        over_limit.append(case)
+        note = f"  over the limit (torch's own float32 error: {largest(theirs, in_float64()):.2e})"
       print(f"{case:28} {diffs[case]:.2e}{note}", flush=True)
   worst = max(diffs, key=lambda case: np.nan_to_num(diffs[case], nan=np.inf))
-  passed = not failed and greedy["tokens_wrong"] == 0
+  passed = not over_limit and greedy["tokens_wrong"] == 0
   figures = {
     "ok": passed,
     "max_abs_diff": finite(diffs[worst]),
     "worst": worst,
     "limit": LIMIT,
-    "over_limit": [case for case, diff in diffs.items() if not diff <= LIMIT],
-    "failed": failed,
+    "over_limit": over_limit,
     **greedy,
     "cases": {case: finite(diff) for case, diff in diffs.items()},
   }
