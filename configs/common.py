@@ -90,7 +90,7 @@ def tiny(c: ConfigDict) -> None:
   c.init, c.init_revision = "", ""
   c.model.update(preset="tiny", dtype="float32", remat="none", score_chunk=128)
   c.mesh.tensor = 1
-  c.steps = 900
+  c.steps = 1_300
   c.optimizer.update(lr=3e-3, warmup_steps=20, b2=0.95, weight_decay=0.0, clip_norm=1.0)
   c.batch.update(row_length=128, rows=16)
   c.checkpoint.every = 100
