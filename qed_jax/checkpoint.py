@@ -6,22 +6,16 @@ the way back to an older step.
 
 A step `root/<step>/` holds `params/` (what lies under the state's first key "params"), `state/`
 (the other arrays) and `host/data.json`: the host state and one checksum per array, themselves under
-a CRC32. An array's checksum is a sum over its elements of a 32-bit mix of the element's bits and
-its global position, so it does not depend on how the array is sharded: it is taken on the devices
-before the save and again after the restore, on whichever mesh that is. Any change of one element
-changes it; a larger change goes unseen with probability 2^-32, as with a CRC32.
+a CRC32. Checksums are taken on the devices before the save and again after the restore, on
+whichever mesh that is.
 """
 
-import base64
 import contextlib
 import functools
-import json
 import logging
-import math
 import operator
 import os
 import re
-import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +25,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
+
+from qed_jax.checksums import checksums
+from qed_jax.host_state import decode, encode, seal, unseal
 
 log = logging.getLogger(__name__)
 
@@ -96,12 +93,12 @@ class Checkpoints:
     arrays = _flatten(state)
     with _neutral():
       raw = {name: _raw(array) for name, (_, array) in arrays.items()}
-      sums = _checksums(raw)
-      document = _seal(
+      sums = checksums(raw)
+      document = seal(
         {
           "step": step,
           "arrays": {n: [str(a.dtype), list(a.shape), sums[n]] for n, (_, a) in arrays.items()},
-          "host_state": _encode(host_state or {}, "host_state"),
+          "host_state": encode(host_state or {}, "host_state"),
         }
       )
       items = _items({name: (parts, raw[name]) for name, (parts, _) in arrays.items()})
@@ -253,7 +250,7 @@ def _read(path, abstract_state, cast=False):
   try:
     with _context(alone=True):
       document = ocp.load_checkpointables(path, {"host": None})["host"]
-    manifest = _unseal(document)
+    manifest = unseal(document)
   except Exception as error:
     failure = error
   _agree(failure)
@@ -279,7 +276,7 @@ def _read(path, abstract_state, cast=False):
     except Exception as error:
       failure = error
     _agree(failure)
-    sums = _checksums(arrays)
+    sums = checksums(arrays)
     wrong = [name for name in arrays if sums[name] != saved[name][2]]
     if wrong:
       raise _Damaged(
@@ -296,7 +293,7 @@ def _read(path, abstract_state, cast=False):
         )
       leaves.append(array)
   state = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract_state), leaves)
-  return state, _decode(manifest["host_state"])
+  return state, decode(manifest["host_state"])
 
 
 def _agree(failure: Exception | None) -> None:
@@ -326,7 +323,7 @@ def _check_fit(path, wanted, saved, cast):
     raise ValueError(f"checkpoint {path} does not fit this model and optimizer: {shown}{more}")
 
 
-# --- arrays and their checksums
+# --- arrays by name
 
 
 def _flatten(tree) -> dict[str, tuple[tuple[str, ...], Any]]:
@@ -369,99 +366,6 @@ def _key_impl(leaf):
 
 def _raw(array):
   return jax.random.key_data(array) if _is_key(array) else array
-
-
-def _checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
-  """Checksum of each array over all its elements, on all processes; independent of sharding."""
-  partial = []
-  for array in arrays.values():
-    # Row-major strides of the whole array; positions are taken modulo 2^32.
-    strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
-    strides_32 = np.array([stride % 2**32 for stride in strides], np.uint32)
-    sums = []
-    for shard in array.addressable_shards:
-      if shard.replica_id == 0:
-        starts = [part.start or 0 for part in shard.index]
-        offset = sum(map(operator.mul, starts, strides)) % 2**32
-        sums.append(_shard_sum(shard.data, strides_32, np.uint32(offset)))
-    partial.append(sums)
-  totals = np.array([sum(map(int, sums)) % 2**32 for sums in jax.device_get(partial)], np.uint32)
-  if jax.process_count() > 1:
-    gathered = multihost_utils.process_allgather(totals)
-    totals = gathered.astype(np.uint64).sum(0) % 2**32
-  return dict(zip(arrays, map(int, totals), strict=True))
-
-
-@jax.jit
-def _shard_sum(x, strides, offset):
-  """uint32 sum of mix(bits, position) over one shard; exact, so the order of adding is free."""
-  position = jnp.broadcast_to(offset, x.shape)
-  for axis in range(x.ndim):
-    position += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * strides[axis]
-  if x.dtype == jnp.bool_:
-    x = x.astype(jnp.uint8)
-  info = jnp.finfo if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo
-  bits = jax.lax.bitcast_convert_type(x, f"uint{info(x.dtype).bits}")
-  words = [bits.astype(jnp.uint32)]
-  if bits.dtype == jnp.uint64:
-    words.append((bits >> 32).astype(jnp.uint32))
-  total = jnp.uint32(0)
-  for half, word in enumerate(words):
-    # The finaliser of MurmurHash3 (public domain): for a fixed position a bijection of the word.
-    h = word + position * jnp.uint32(0x9E3779B1) + jnp.uint32(half * 0x7F4A7C15 + 1)
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    total += jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
-  return total
-
-
-# --- host state
-
-
-def _seal(manifest) -> dict:
-  text = json.dumps(manifest)
-  return {"crc32": zlib.crc32(text.encode()), "text": text}
-
-
-def _unseal(document) -> dict:
-  if zlib.crc32(document["text"].encode()) != document["crc32"]:
-    raise ValueError("the host state is not what was saved")
-  return json.loads(document["text"])
-
-
-def _encode(value, where):
-  """JSON for a host value; arrays and bytes become {"__array__" | "__bytes__": ...}."""
-  if isinstance(value, np.ndarray | np.generic):
-    if value.dtype.kind not in "biufcV" or value.dtype.fields:
-      raise TypeError(f"{where} is a numpy array of {value.dtype}: only numbers can be stored")
-    data = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
-    return {"__array__": [value.dtype.name, list(value.shape), data]}
-  if value is None or isinstance(value, bool | int | float | str):
-    return value
-  if isinstance(value, bytes):
-    return {"__bytes__": base64.b64encode(value).decode()}
-  if isinstance(value, list | tuple):
-    return [_encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
-  if isinstance(value, dict):
-    for key in value:
-      if not isinstance(key, str) or key in ("__array__", "__bytes__"):
-        raise TypeError(f"{where} has the key {key!r}: keys must be plain strings")
-    return {key: _encode(item, f"{where}.{key}") for key, item in value.items()}
-  raise TypeError(f"{where} is a {type(value).__name__}, which JSON cannot hold")
-
-
-def _decode(value):
-  if isinstance(value, list):
-    return [_decode(item) for item in value]
-  if not isinstance(value, dict):
-    return value
-  if "__bytes__" in value:
-    return base64.b64decode(value["__bytes__"])
-  if "__array__" in value:
-    dtype, shape, data = value["__array__"]
-    array = np.frombuffer(bytearray(base64.b64decode(data)), jnp.dtype(dtype)).reshape(shape)
-    return array if shape else array[()]
-  return {key: _decode(item) for key, item in value.items()}
 
 
 # --- folders

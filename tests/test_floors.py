@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 MAINS = {"train", "evaluate", "serve", "convert", "report"}
 # A floor imports lower floors; the parts of the ground also one another, without cycles.
 GROUND = {
-  "records", "sharding", "chat", "prompts", "metrics", "optim", "checkpoint",
-  "figures", "flags", "host_memory", "intervals", "replies", "workdir",
+  "records", "sharding", "chat", "prompts", "metrics", "optim", "checkpoint", "checksums",
+  "figures", "flags", "host_memory", "host_state", "intervals", "replies", "workdir",
 }  # fmt: skip
 MIDDLE = {"model", "data", "objectives", "rewards", "scaffolds"}
 FLOORS = (GROUND, MIDDLE, {"rollout"}, MAINS)
