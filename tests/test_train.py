@@ -83,6 +83,17 @@ def interrupt_at(monkeypatch, step: int) -> None:
   monkeypatch.setattr(train.Health, "check", check)
 
 
+def train_whole_and_cut(config, tmp_path, monkeypatch) -> None:
+  """Runs config() twice: in `whole` without a break, in `cut` interrupted at step 3 and rerun."""
+  train.main(config(), str(tmp_path / "whole"))
+  with monkeypatch.context() as patch:
+    interrupt_at(patch, 3)
+    with pytest.raises(Interrupted):
+      train.main(config(), str(tmp_path / "cut"))
+  assert checkpoint.Checkpoints(tmp_path / "cut" / "checkpoints", keep=9).latest_step() == 2
+  train.main(config(), str(tmp_path / "cut"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("job", ["rl", "cache_rl"])
 def test_rl_resumes_to_the_same_weights_and_samples(job, started, tmp_path, monkeypatch):
@@ -96,13 +107,7 @@ def test_rl_resumes_to_the_same_weights_and_samples(job, started, tmp_path, monk
       c.cache.replay = True
     return c
 
-  train.main(config(), str(tmp_path / "whole"))
-  with monkeypatch.context() as patch:
-    interrupt_at(patch, 3)
-    with pytest.raises(Interrupted):
-      train.main(config(), str(tmp_path / "cut"))
-  assert checkpoint.Checkpoints(tmp_path / "cut" / "checkpoints", keep=9).latest_step() == 2
-  train.main(config(), str(tmp_path / "cut"))
+  train_whole_and_cut(config, tmp_path, monkeypatch)
   assert_bitwise(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
   whole, cut = (rows_of(tmp_path / x, "samples.jsonl") for x in ("whole", "cut"))
   assert whole == cut and whole
@@ -126,12 +131,7 @@ def test_kl_is_to_the_policy_that_the_run_began_from(started, tmp_path, monkeypa
     c.objective.update(kl_coef=0.1, entropy_coef=1.0, drop_dead_groups=False)
     return c
 
-  train.main(config(), str(tmp_path / "whole"))
-  with monkeypatch.context() as patch:
-    interrupt_at(patch, 3)
-    with pytest.raises(Interrupted):
-      train.main(config(), str(tmp_path / "cut"))
-  train.main(config(), str(tmp_path / "cut"))
+  train_whole_and_cut(config, tmp_path, monkeypatch)
   kl = [row["kl_reference"] for row in rows_of(tmp_path / "whole")]
   assert abs(kl[0]) < 1e-6 and min(kl[1:]) > 1e-6, kl
   assert kl == [row["kl_reference"] for row in rows_of(tmp_path / "cut")]
