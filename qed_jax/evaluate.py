@@ -39,7 +39,8 @@ def main(config, folder: str) -> None:
   if missing:
     chat, summariser = open_chat(config), None
     if config.cache.summariser:
-      summariser = load_chat(config, config.cache.summariser, config.cache.summariser_revision)
+      revision = config.cache.summariser_revision
+      summariser = load_chat(config, config.cache.summariser, revision, "config.cache.summariser")
     grade = jobs.grader(config.judge, root)
     workdir.write_run_files(root, config.to_dict())
     for start in range(0, len(missing), config.problems_at_once):
@@ -89,12 +90,13 @@ def open_chat(config):
     )
   if not config.policy:
     raise ValueError("config.policy is empty: name a workdir, a Hugging Face folder or a hub id")
-  return load_chat(config, config.policy, config.policy_revision, config.untrained)
+  revision, untrained = config.policy_revision, config.untrained
+  return load_chat(config, config.policy, revision, "config.policy", untrained)
 
 
-def load_chat(config, name: str, revision: str, untrained: bool = False):
-  """The chat of an engine with the parameters that `name` stands for."""
-  start = policy.locate(name, revision)
+def load_chat(config, name: str, revision: str, field: str, untrained: bool = False):
+  """The chat of an engine with the parameters that `name`, the value of `field`, stands for."""
+  start = policy.locate(name, revision, field)
   model = policy.sizes(start, config.model)
   mesh = sharding.make_mesh(**config.mesh.to_dict())
   tokenizer = tokenizers.load(start.folder)

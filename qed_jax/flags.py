@@ -94,6 +94,17 @@ def run(main: Callable[[ConfigDict, str], None], needs_workdir: bool = True) -> 
 
 def fail(error: Exception) -> None:
   """One line on stderr, exit code 2."""
-  text = " ".join(str(error).split()) or type(error).__name__
-  print(f"error: {text}", file=sys.stderr)
+  print(f"error: {one_line(error)}", file=sys.stderr)
   sys.exit(2)
+
+
+def one_line(error: Exception) -> str:
+  """What a user needs of an error: ml_collections gives a repr, or a traceback as the message."""
+  text = str(error)
+  if isinstance(error, KeyError | AttributeError):
+    while error.args and isinstance(error.args[0], Exception):
+      error = error.args[0]
+    text = f"the config has no field {error.args[0]}"
+  elif "Traceback (most recent call last)" in text or "Failed loading config file" in text:
+    text = f"--config: {text.strip().splitlines()[-1].removeprefix('ValueError: ')}"
+  return " ".join(text.split()) or type(error).__name__

@@ -250,7 +250,10 @@ BAD = [
   ("--config.optimizer.lr=nan", "finite"),
   ("--config.steps=many", "many"),
   ("--config.model.dtype=float8", "choose one of"),
-  ("--config.init=/nowhere", "neither a workdir"),
+  ("--config.optimizer.lrr=1", "no field 'lrr' Did you mean \"lr\""),
+  ("--config=configs/sft.py:tny", "error: --config: configs/sft.py has no variant 'tny': use"),
+  ("--config=configs/nope.py", "error: --config: [Errno 2] No such file"),
+  ("--config.init=/nowhere", "config.init is '/nowhere': neither a workdir"),
   ("--config.data.source=/nowhere.jsonl", "nowhere"),
   ("--steps=3", "steps"),
 ]

@@ -144,7 +144,7 @@ def frozen_summariser(config, model, mesh, tokenizer, start, params_layout):
   if name == "init":
     frozen, sizes, words = start, model, tokenizer
   else:
-    frozen = policy.locate(name, config.cache.summariser_revision)
+    frozen = policy.locate(name, config.cache.summariser_revision, "config.cache.summariser")
     sizes, words = policy.sizes(frozen, config.model), tokenizers.load(frozen.folder)
     params_layout = policy.abstract_params(sizes, mesh, config.model.dtype)
   engine = make_engine(sizes, mesh, config.rollout, words)

@@ -34,8 +34,8 @@ class Start:
   revision: str | None = None
 
 
-def locate(init: str, revision: str) -> Start:
-  """Finds what config.init names; of a hub id only the small files are fetched.
+def locate(init: str, revision: str, field: str = "config.init") -> Start:
+  """Finds what a config field names; of a hub id only the small files are fetched.
 
   Raises ValueError, one line, when it names nothing that can be opened.
   """
@@ -48,7 +48,7 @@ def locate(init: str, revision: str) -> Start:
     return Start("hf", init, path)
   if path.exists() or init.count("/") != 1 or init.startswith((".", "/")):
     raise ValueError(
-      f"config.init is {init!r}: neither a workdir (with model/ and checkpoints/) nor a folder of "
+      f"{field} is {init!r}: neither a workdir (with model/ and checkpoints/) nor a folder of "
       "safetensors with config.json"
     )
   try:
@@ -58,7 +58,7 @@ def locate(init: str, revision: str) -> Start:
   except Exception as error:  # the hub client raises many kinds; all of them mean "not there"
     why = str(error).strip().splitlines()[0][:160]
     raise ValueError(
-      f"config.init is {init!r} (revision {revision}), which is no folder here and could not be "
+      f"{field} is {init!r} (revision {revision}), which is no folder here and could not be "
       f"fetched ({type(error).__name__}: {why}): download it and give the folder, or {SMALLER}"
     ) from None
   return Start("hf", init, epath.Path(folder), revision)
