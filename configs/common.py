@@ -54,6 +54,43 @@ def base() -> ConfigDict:
   return c
 
 
+def engine(slots: int, max_length: int) -> dict:
+  """The rollout engine's fields, at 4B size."""
+  return {
+    "slots": slots,  # attempts at once
+    "max_length": max_length,  # prompt and completion
+    "page": 64,  # tokens of a page of keys and values
+    "pages": 0,  # of all replicas; 0 is as many as the slots could need
+    "kv_dtype": "",  # of the pages: "" is the compute dtype; "int8" holds twice as many tokens
+    "chunk": 64,  # tokens decoded per host call
+    "prefill_rows": 8,  # pieces of prompts computed at once ...
+    "prefill_tokens": 128,  # ... of so many tokens each
+    "prefill_budget": 4096,  # prompt tokens before a chunk of decoding that waits for them
+    "keep_prefixes": False,  # whether cached prompts outlive the policy that computed them
+    "lanes": 1,  # engines on each set of devices
+  }
+
+
+def streaming(max_lag: int, order: str) -> dict:
+  """How sampling and training take turns."""
+  return {
+    "max_lag": max_lag,  # policy updates that a token may be old when it is trained; 0 is in step
+    "order": order,  # "admission" is reproducible bit by bit; "arrival" waits for no slow judge
+    "placement": "colocated",  # or "split": some devices sample while the others train
+    "sampling_devices": 0,  # how many, with "split"
+  }
+
+
+def tiny_engine() -> dict:
+  """The same for the tiny world on two cores."""
+  return engine(slots=128, max_length=128) | {
+    "page": 16,
+    "chunk": 14,
+    "prefill_tokens": 64,
+    "lanes": 2,  # a program of this size keeps one core busy
+  }
+
+
 def rubric_judge() -> ConfigDict:
   """gpt-oss-20b, medium effort, over the endpoint that OPENAI_BASE_URL names (qed_nano_rl.yaml)."""
   return ConfigDict({

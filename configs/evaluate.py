@@ -58,11 +58,9 @@ def get_config(variant: str = "") -> ConfigDict:
     "temperature": 0.8,
     "top_p": 0.95,
     "top_k": 20,
-    "slots": 64,
-    "max_length": 53_248,
-    "chunk": 64,
-    "prefill_rows": 8,
+    **common.engine(slots=64, max_length=53_248),
   })  # fmt: skip
+  c.rollout.pages = 8_192  # 77 GB at 4B; 8,192 tokens a slot on average
   c.judge = common.rubric_judge()
   if variant == "tiny":
     c.model.dtype = "float32"
@@ -71,7 +69,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.problems_at_once = 256
     c.cache.update(turns=6, prompt="tiny_reason", summarise="tiny_summarise", max_tokens=26)
     c.rollout.update(max_tokens=22)
-    c.rollout.update(slots=128, max_length=128, chunk=14, prefill_rows=16)
+    c.rollout.update(common.tiny_engine() | {"pages": 0})
     c.judge = common.exact_judge()
   elif variant:
     raise ValueError(f"configs/evaluate.py has no variant {variant!r}: use tiny")

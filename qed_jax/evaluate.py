@@ -20,7 +20,7 @@ from qed_jax.data import tiny_world
 from qed_jax.data import tokenizer as tokenizers
 from qed_jax.records import Problem
 from qed_jax.rollout import jobs, policy
-from qed_jax.rollout.engine import EngineChat
+from qed_jax.rollout.engine_chat import EngineChat
 from qed_jax.rollout.experience import sampling
 from qed_jax.scaffolds.proof import split_proof
 from qed_jax.scaffolds.reasoning_cache import solve, turn_seed

@@ -16,13 +16,14 @@ from qed_jax import host_memory
 POSITIVE = {
   "lr", "steps", "row_length", "rows", "problems", "attempts", "turns", "states", "slots",
   "max_tokens", "score_chunk", "every", "keep", "clip_norm", "eps", "max_length", "chunk",
-  "prefill_rows", "max_skipped_steps", "deadline_s", "concurrency", "samples_per_problem",
+  "page", "lanes", "prefill_rows", "prefill_tokens", "prefill_budget", "max_skipped_steps", "deadline_s", "concurrency", "samples_per_problem",
   "retries", "timeout_s", "problems_at_once",
 }  # fmt: skip
 CHOICES = {
   "job": ("sft", "rl", "cache_rl"),
   "schedule": ("constant", "cosine"),
   "dtype": ("bfloat16", "float32"),
+  "kv_dtype": ("", "int8", "bfloat16", "float32"),
   "param_dtype": ("bfloat16", "float32"),
   "mu_dtype": ("bfloat16", "float32"),
   "remat": ("none", "dots", "layer"),
@@ -31,6 +32,8 @@ CHOICES = {
   "baseline": ("mean", "leave_one_out"),
   "normalizer": ("rollouts", "group_tokens", "tokens"),
   "on_invalid": ("mask", "zero"),
+  "order": ("admission", "arrival"),
+  "placement": ("colocated", "split"),
   "api": ("chat", "responses"),
 }  # fmt: skip
 SIGNED = {"fsdp"}

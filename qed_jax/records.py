@@ -43,6 +43,7 @@ class Completion:
   versions: int32 [n], the policy version that sampled each token.
   prompt_tokens: int32 [m].
   finish_reason: "stop" or "length".
+  top_tokens, top_logprobs: int32 and float32 [n, k], the k likeliest tokens where they were asked.
   """
 
   text: str
@@ -52,6 +53,8 @@ class Completion:
   prompt_tokens: np.ndarray = dataclasses.field(default_factory=lambda: EMPTY_INT)
   finish_reason: str = "stop"
   usage: Usage = Usage()
+  top_tokens: np.ndarray = dataclasses.field(default_factory=lambda: EMPTY_INT)
+  top_logprobs: np.ndarray = dataclasses.field(default_factory=lambda: EMPTY_FLOAT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +113,8 @@ class Batch:
   tokens_BT: int32. positions_BT: int32, from 0 in each segment. segments_BT: int32, 1, 2, ... in a
   row, 0 is padding. weight_BT: float32, the weight of token t as a target: 0 where nothing is
   trained, already divided by the step's normaliser, so that losses of microbatches add up.
-  advantage_BT, behavior_logp_BT, reference_logp_BT: float32. version_BT: int32. None where a job
-  has no use for them.
+  advantage_BT, behavior_logp_BT, reference_logp_BT: float32. lag_BT: int32, policy updates since
+  the token was sampled. None where a job has no use for them.
   """
 
   tokens_BT: Any
@@ -121,4 +124,4 @@ class Batch:
   advantage_BT: Any = None
   behavior_logp_BT: Any = None
   reference_logp_BT: Any = None
-  version_BT: Any = None
+  lag_BT: Any = None

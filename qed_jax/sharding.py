@@ -67,6 +67,18 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
   return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
 
 
+def replica_meshes(mesh: Mesh) -> list[Mesh]:
+  """The mesh cut into meshes of its `tensor` axis alone, on which engines run side by side."""
+  rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
+  return [make_mesh(1, 1, len(row), row.tolist()) for row in rows]
+
+
+def side_by_side(mesh: Mesh) -> Mesh:
+  """The same devices in the same order: `tensor` as it is, everything else replicas of it."""
+  rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
+  return Mesh(rows[:, None, :], AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 def spec(rules: dict, letters: str, shape: tuple, mesh) -> P:
   """Letters -> PartitionSpec. A dimension that its axes do not divide stays whole."""
   taken, axes = set(), [None] * len(letters)

@@ -30,7 +30,7 @@ def main(config, folder: str) -> None:
   workdir.check_same_config(root, config.to_dict(), ignore=RESUMABLE)
   sharding.initialize_hosts()
   policy.check_memory(config)
-  mesh = sharding.make_mesh(**config.mesh.to_dict())
+  mesh, sampling_mesh = jobs.meshes(config)
   start = policy.locate(config.init, config.init_revision)
   model = policy.sizes(start, config.model)
   examples = jobs.data(config)
@@ -59,7 +59,7 @@ def main(config, folder: str) -> None:
   # --- The stream of batches, and what to do with one -----------------------------------------
   stopped = on_sigterm()
   stream = jobs.stream(
-    config, model, mesh, tokenizer, examples, start, abstract["params"], root, stopped
+    config, model, sampling_mesh, tokenizer, examples, start, abstract["params"], root, stopped
   )
   if host_state is not None:
     stream.restore(host_state["stream"])

@@ -10,26 +10,44 @@ import pytest
 
 from qed_jax.model import qwen3
 from qed_jax.rollout import sampler
-from qed_jax.rollout.engine import Engine, EngineChat, Request, RequestError, buckets
+from qed_jax.rollout.engine import Engine
+from qed_jax.rollout.engine_chat import EngineChat
+from qed_jax.rollout.replica import Shapes
+from qed_jax.rollout.requests import Request, RequestError
 from qed_jax.sharding import make_mesh
 
 STOP = 3
 
 
+SHAPES = {
+  "slots": 4,
+  "max_length": 40,
+  "page": 8,
+  "pages": 0,
+  "chunk": 8,
+  "prefill_rows": 2,
+  "prefill_tokens": 16,
+  "kv_dtype": "",
+}
+OTHERS = {
+  "lanes": 1,
+  "prefill_budget": 64,
+  "stop_ids": (STOP,),
+  "truncated_logp": False,
+  "keep_prefixes": False,
+}
+
+
 def make_engine(tiny, *, version=1, mesh=None, **changes):
   config, params = tiny
-  given = {
-    "mesh": mesh or make_mesh(1, 1, 1, jax.devices()[:1]),
-    "slots": 4,
-    "max_length": 40,
-    "chunk": 8,
-    "prefill_buckets": (8, 16),
-    "prefill_rows": 2,
-    "stop_ids": (STOP,),
-    "truncated_logp": False,
-  }
-  engine = Engine(config, **(given | changes))
-  engine.set_params(params, version)
+  engine = Engine(
+    config,
+    mesh=mesh or make_mesh(1, 1, 1, jax.devices()[:1]),
+    shapes=Shapes(**{name: changes.get(name, value) for name, value in SHAPES.items()}),
+    **{name: changes.get(name, value) for name, value in OTHERS.items()},
+  )
+  if version is not None:
+    engine.set_params(params, version)
   return engine
 
 
@@ -87,7 +105,17 @@ def test_order_and_neighbours_do_not_matter(tiny):
   assert all(same(alone.generate([requests[i]])[0], completions[i]) for i in (0, 3, 7))
 
 
-@pytest.mark.parametrize("changes", [{"slots": 7, "chunk": 3}, {"prefill_rows": 3}])
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"slots": 7, "chunk": 3},
+    {"prefill_rows": 3},
+    {"prefill_tokens": 4},
+    {"page": 3},
+    {"lanes": 2},
+    {"pages": 9, "lanes": 1},
+  ],
+)
 def test_other_shapes_give_the_same_tokens(tiny, changes):
   """Slots, chunk and rows of a prefill change round-off only; near-ties would be counted here."""
   requests = ragged_requests(11)
@@ -113,7 +141,7 @@ def test_attempts_of_a_prompt_differ_and_share_its_prefill(tiny):
 
 BAD = {
   "the prompt is empty": {"prompt_tokens": ()},
-  "the prompt has 18 tokens, this engine takes 17": {"prompt_tokens": (1,) * 18},
+  "the prompt has 40 tokens, this engine takes 39": {"prompt_tokens": (1,) * 40},
   "prompt token 64 is not in the vocabulary": {"prompt_tokens": (1, 64)},
   "prompt token -1 is not in the vocabulary": {"prompt_tokens": (-1, 2)},
   "max_tokens is 0": {"max_tokens": 0},
@@ -149,7 +177,7 @@ def test_max_length_bounds_prompt_and_new_tokens(tiny):
   completion = make_engine(tiny, stop_ids=()).generate([request])[0]
   assert len(prompt) + len(completion.tokens) == 40
   assert completion.finish_reason == "length"
-  within = make_engine(tiny, stop_ids=(), max_length=64, prefill_buckets=(8, 16))
+  within = make_engine(tiny, stop_ids=(), max_length=64)
   longer = within.generate([dataclasses.replace(request, max_tokens=24)])[0]
   np.testing.assert_array_equal(longer.tokens, completion.tokens)
 
@@ -191,19 +219,7 @@ def test_submitted_work_is_polled_once(tiny):
 
 def test_stepping_without_parameters_says_so(tiny):
   """One line that names the call to make."""
-  config, _ = tiny
-  mesh = make_mesh(1, 1, 1, jax.devices()[:1])
-  engine = Engine(
-    config,
-    mesh=mesh,
-    slots=1,
-    max_length=8,
-    chunk=1,
-    prefill_buckets=(8,),
-    prefill_rows=1,
-    stop_ids=(),
-    truncated_logp=False,
-  )
+  engine = make_engine(tiny, version=None)
   engine.submit(Request((1,), 0, 0, 1, 1.0))
   with pytest.raises(ValueError, match="call set_params first"):
     engine.step()
@@ -213,7 +229,9 @@ def test_no_recompilation_and_no_implicit_transfer_after_warm_up(tiny):
   """A ragged workload over every bucket compiles nothing new and moves nothing unasked."""
   engine = make_engine(tiny)
   engine.warm_up()
-  programs = (sampler.prefill, sampler.admit, sampler.decode)
+  programs = (
+    sampler.prefill, sampler.admit, sampler.decode, sampler.copy_pages, sampler.recall,
+  )  # fmt: skip
   before = [program._cache_size() for program in programs]
   compiled = []
   jax.monitoring.register_event_duration_secs_listener(
@@ -238,12 +256,6 @@ def test_slots_are_refilled_while_work_is_queued(tiny):
   assert [len(c.tokens) for c in completions] == limits
   assert engine.counters.sampled_tokens == sum(limits)
   assert engine.counters.decode_steps < 30 + 4 + 4
-
-
-def test_buckets_are_powers_of_two_up_to_the_largest():
-  """The last bucket holds the largest prompt."""
-  assert buckets(16, 16) == (16,)
-  assert buckets(16, 100) == (16, 32, 64, 128)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2)])

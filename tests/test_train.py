@@ -1,5 +1,6 @@
 """The trainer on the tiny world: resume is exact, bad input is one line, bad steps are skipped."""
 
+import asyncio
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 from configs import cache_rl, rl, sft
 from qed_jax import checkpoint, flags, sharding, train
 from qed_jax.model import presets
-from qed_jax.rollout import policy
+from qed_jax.rollout import jobs, policy
 
 ROOT = Path(__file__).parents[1]
 HOW = {"dtype": "float32", "remat": "none", "attention": "xla"}
@@ -33,7 +34,7 @@ def small(config, steps: int):
     config.batch.update(row_length=192, rows=8)
   else:
     config.batch.update(row_length=128, rows=8)
-    config.rollout.update(problems=2, attempts=4, slots=8, prefill_rows=8, max_length=128)
+    config.rollout.update(problems=2, attempts=4, slots=8, lanes=1, prefill_rows=8, max_length=128)
     config.rollout.update(max_tokens=12, chunk=8)
   if config.job == "cache_rl":
     config.cache.update(turns=2, states=2, max_tokens=6)
@@ -115,8 +116,69 @@ def test_rl_resumes_to_the_same_weights_and_samples(job, started, tmp_path, monk
   for a, b in zip(rows_of(tmp_path / "whole"), rows_of(tmp_path / "cut"), strict=True):
     assert (a["reward"], a["loss"], a["grad_norm"]) == (b["reward"], b["loss"], b["grad_norm"])
   expected = {"entropy", "kl_behavior", "ratio", "clip_share", "ess", "dead_group_share"}
-  expected |= {"truncation_share", "invalid_share", "lag_max", "length/mean", "reward_turn_1"}
+  expected |= {"truncation_share", "invalid_share", "lag/max", "length/mean", "reward_turn_1"}
   assert expected <= rows_of(tmp_path / "cut")[-1].keys()
+
+
+def streaming(started, **changes):
+  """An RL config whose work overlaps training."""
+  c = small(rl.get_config("tiny"), 5)
+  c.init = str(started)
+  c.objective.drop_dead_groups = False
+  c.rollout.update(max_lag=2, max_tokens=24, chunk=4, **changes)
+  return c
+
+
+def slow_judge(monkeypatch, seed: int) -> None:
+  """Grades that come when they like."""
+  rng, grade = np.random.default_rng(seed), jobs.grader
+
+  def grader(judge, root):
+    exact = grade(judge, root)
+
+    async def late(problem, proof):
+      await asyncio.sleep(float(rng.exponential(0.03)))
+      return await exact(problem, proof)
+
+    return late
+
+  monkeypatch.setattr(jobs, "grader", grader)
+
+
+@pytest.mark.slow
+def test_streaming_in_the_order_of_admission_is_reproducible(started, tmp_path, monkeypatch):
+  """Later work is sampled while a step's is graded, and how far it gets depends on no clock."""
+  for name, seed in (("one", 1), ("other", 2)):
+    with monkeypatch.context() as patch:
+      slow_judge(patch, seed)
+      train.main(streaming(started, order="admission"), str(tmp_path / name))
+  one, other = (rows_of(tmp_path / name) for name in ("one", "other"))
+  same = ("reward", "loss", "grad_norm", "lag/mean", "lag/max", "entropy", "share_lag_0")
+  assert [[row[k] for k in same] for row in one] == [[row[k] for k in same] for row in other]
+  assert_bitwise(weights(tmp_path / "one"), weights(tmp_path / "other"))
+  assert 0 < max(row["lag/max"] for row in one) <= 2
+  assert any(0 < row["share_lag_0"] < 1 and 0 < row["ess_lag_1"] <= 1 for row in one[1:])
+  assert all(row["open_problems"] == 4 for row in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["colocated", "split"])
+def test_streaming_in_the_order_of_arrival_keeps_the_lag(placement, started, tmp_path, monkeypatch):
+  """Half of the devices sample, or all take turns; what was open is begun again after a stop."""
+
+  def config():
+    c = streaming(started, order="arrival", placement=placement)
+    c.mesh.fsdp = -1
+    c.rollout.sampling_devices = 4 if placement == "split" else 0
+    return c
+
+  slow_judge(monkeypatch, 3)
+  train_whole_and_cut(config, tmp_path, monkeypatch)
+  for name in ("whole", "cut"):
+    rows = rows_of(tmp_path / name)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert all(row["lag/max"] <= 2 and row["skipped"] == 0 for row in rows)
+    assert all(row["seconds/set_params"] > 0 for row in rows)
 
 
 @pytest.mark.slow

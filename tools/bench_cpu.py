@@ -146,6 +146,7 @@ def our_work(inputs: dict) -> dict:
   from qed_jax.model import qwen3
   from qed_jax.records import Batch
   from qed_jax.rollout.engine import Engine, Request
+  from qed_jax.rollout.replica import Shapes
   from qed_jax.sharding import make_mesh
 
   host_memory.share_one_arena()  # as the programs do
@@ -171,13 +172,21 @@ def our_work(inputs: dict) -> dict:
   engine = Engine(
     config,
     mesh=make_mesh(1, 1, 1, jax.devices()[:1]),
-    slots=ROWS,
-    max_length=PROMPT + NEW,
-    chunk=NEW,
-    prefill_buckets=(PROMPT,),
-    prefill_rows=ROWS,
+    shapes=Shapes(
+      slots=ROWS,
+      max_length=PROMPT + NEW,
+      page=16,
+      pages=0,
+      chunk=NEW,
+      prefill_rows=ROWS // 2,
+      prefill_tokens=PROMPT,
+      kv_dtype="",
+    ),
+    lanes=2,
+    prefill_budget=ROWS * PROMPT,
     stop_ids=(),
     truncated_logp=False,
+    keep_prefixes=False,
   )
   engine.set_params(params, 0)
 

@@ -27,9 +27,31 @@ from qed_jax.model import flops, presets, qwen3  # noqa: E402
 from qed_jax.model.attention import xla_attention  # noqa: E402
 from qed_jax.records import Batch  # noqa: E402
 from qed_jax.rollout import engine as engines  # noqa: E402
+from qed_jax.rollout.replica import Shapes  # noqa: E402
 
 TOLERANCE_LOGITS, TOLERANCE_LOGP = 2e-4, 1e-4
 HOW = {"dtype": "bfloat16", "remat": "layer", "attention": "auto"}
+ENGINE = {
+  "lanes": 1,
+  "prefill_budget": 8192,
+  "stop_ids": (),
+  "truncated_logp": False,
+  "keep_prefixes": False,
+}
+
+
+def shapes(slots: int, max_length: int) -> Shapes:
+  """Pages of 64 tokens in the compute dtype, prompts in pieces of 256."""
+  return Shapes(
+    slots=slots,
+    max_length=max_length,
+    page=64,
+    pages=0,
+    chunk=64,
+    prefill_rows=4,
+    prefill_tokens=256,
+    kv_dtype="",
+  )
 
 
 def seconds(function, *args, repeats: int = 5) -> float:
@@ -98,9 +120,8 @@ def numerics(mesh) -> dict:
   for dtype in ("float32", "bfloat16"):
     config = dataclasses.replace(model, dtype=dtype)
     engine = engines.Engine(
-      config, mesh=mesh, slots=8, max_length=128, chunk=32, prefill_buckets=(64,), prefill_rows=8,
-      stop_ids=(0,), truncated_logp=False,
-    )  # fmt: skip
+      config, mesh=mesh, shapes=shapes(slots=8, max_length=128), **ENGINE | {"stop_ids": (0,)}
+    )
     engine.set_params(params, 0)
     prompt = list(range(5, 25))
     requests = [engines.Request(prompt, 1, a, 64, 1.0) for a in range(8)]
@@ -194,9 +215,8 @@ def decode_steps(preset: str, batches: list[int], context: int, mesh, copy_tb_s:
   values = {}
   for slots in batches:
     engine = engines.Engine(
-      model, mesh=mesh, slots=slots, max_length=context + 256, chunk=64,
-      prefill_buckets=(context,), prefill_rows=1, stop_ids=(), truncated_logp=False,
-    )  # fmt: skip
+      model, mesh=mesh, shapes=shapes(slots=slots, max_length=context + 256), **ENGINE
+    )
     engine.set_params(params, 0)
     prompt = np.random.default_rng(0).integers(0, model.vocab_size, context).tolist()
     for attempt in range(slots):

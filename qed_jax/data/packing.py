@@ -18,7 +18,7 @@ DTYPES = {
   "advantage": np.float32,
   "behavior_logp": np.float32,
   "reference_logp": np.float32,
-  "version": np.int32,
+  "lag": np.int32,
 }
 
 

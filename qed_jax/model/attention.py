@@ -10,9 +10,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from qed_jax.model import kv_cache as kv
 from qed_jax.model.layers import at_least_float32, einsum
 
 MASKED = -1e30  # not -inf: a row with nothing to see must stay finite
+SCORES_AT_ONCE = 2**20  # scores of a head that attention over the cache makes at once
 QUERY_CHUNK = 1024  # queries scored at once; bounds the [B, K, G, chunk, S] block of scores
 
 
@@ -72,12 +74,25 @@ IMPLEMENTATIONS = {"auto": xla_attention, "xla": xla_attention}
 
 
 @functools.partial(jax.named_call, name="cache_attention")
-def cache_attention(q_BTNH, kv_cache, layer, positions_BT):
-  """Attention of new tokens over the cache of their slot, their own entry included.
+def cache_attention(q_BTNH, kv_cache: kv.KVCache, layer, positions_BT):
+  """Attention of new tokens over the cache of their sequence, their own entry included: o_BTNH.
 
-  Cache index s holds the token at position s, so a token at position p sees s <= p.
+  The pages of a sequence side by side hold its tokens by position, so a token at position p sees
+  s <= p. A large block of scores, a prefill's, is made a sequence at a time.
   """
-  k_BKSH = jax.lax.dynamic_index_in_dim(kv_cache.k_LBKSH, layer, 0, keepdims=False)
-  v_BKSH = jax.lax.dynamic_index_in_dim(kv_cache.v_LBKSH, layer, 0, keepdims=False)
-  key_11S = jnp.arange(k_BKSH.shape[2])[None, None]
-  return attend(q_BTNH, k_BKSH, v_BKSH, key_11S <= positions_BT[:, :, None])
+  B, T = positions_BT.shape
+
+  def attend_all(q_BTNH, kv_cache, positions_BT):
+    k_BKSH, v_BKSH = kv.read(kv_cache, layer, q_BTNH.dtype)
+    key_11S = jnp.arange(k_BKSH.shape[2])[None, None]
+    return attend(q_BTNH, k_BKSH, v_BKSH, key_11S <= positions_BT[:, :, None])
+
+  if kv_cache.table_BP is None or T == 1 or B * T * kv_cache.context <= SCORES_AT_ONCE:
+    return attend_all(q_BTNH, kv_cache, positions_BT)
+
+  def one(row):
+    q_TNH, table_P, positions_T = row
+    own = kv.with_table(kv_cache, table_P[None])
+    return attend_all(q_TNH[None], own, positions_T[None])[0]
+
+  return jax.lax.map(one, (q_BTNH, kv_cache.table_BP, positions_BT))

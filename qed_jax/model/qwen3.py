@@ -2,8 +2,8 @@
 
 Parameters are a nested dict whose paths and memory order are Hugging Face's: projections [out, in],
 split by head and stacked by layer. `DIMS` says it all and is read by the initialiser, by the
-shardings and by convert.py. Training, prefill and decode run the same blocks and differ in the
-`attend` function they pass in.
+shardings and by convert.py. Training and decoding run the same blocks and differ in the `attend`
+function they pass in.
 """
 
 import dataclasses
@@ -331,27 +331,12 @@ def score(config: Qwen3Config, params: dict, batch, temperature: float, chunk: i
   return join(logp), join(entropy)
 
 
-def prefill(config: Qwen3Config, params: dict, tokens_PT):
-  """Prompts, padded on the right -> (x_PTD, k_LPTKH, v_LPTKH).
+def extend(config: Qwen3Config, params: dict, tokens_BT, positions_BT, kv_cache):
+  """New tokens of every sequence -> (x_BTD, kv_cache with them appended).
 
-  Padding comes after the prompt and is overwritten by what is decoded, so it needs no mask.
-  """
-  T = tokens_PT.shape[1]
-  positions_PT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens_PT.shape)
-  start_PT = jnp.zeros_like(positions_PT)
-
-  def attend(q_BTNH, k_BTKH, v_BTKH, carry, layer):
-    o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, start_PT, config.attention)
-    return o_BTNH, carry, (k_BTKH, v_BTKH)
-
-  x_PTD, _, (k_LPTKH, v_LPTKH) = bind(config, params)(tokens_PT, positions_PT, attend)
-  return x_PTD, k_LPTKH, v_LPTKH
-
-
-def decode(config: Qwen3Config, params: dict, tokens_BT, positions_BT, kv_cache):
-  """New tokens of every slot -> (x_BTD, kv_cache with them appended).
-
-  With params of numbered layers the cache is a list of caches of one layer each.
+  Prefill and decode both: T tokens at their positions see what the cache holds before them and one
+  another. A negative position is padding. With params of numbered layers the cache is a list of
+  caches of one layer each.
   """
 
   def attend(q_BTNH, k_BTKH, v_BTKH, kv_cache, layer):

@@ -27,8 +27,9 @@ def merge(a, b):
 def finalise(metrics) -> dict[str, float]:
   """Summed metrics -> plain floats to log; a mean over nothing is left out, it is not a zero.
 
-  "ess" is added where "ratio" and "ratio_sq" are means: the effective sample size as a share of
-  the tokens, (sum rho)^2 / (n sum rho^2), in (0, 1] (PipelineRL, arXiv 2509.19128).
+  "ess" is added where "ratio" and "ratio_sq" are means, "ess_lag_2" where "ratio_lag_2" and
+  "ratio_sq_lag_2" are: the effective sample size as a share of the tokens, (sum rho)^2 /
+  (n sum rho^2), in (0, 1] (PipelineRL, arXiv 2509.19128).
   """
   values = {}
   for name, value in jax.device_get(metrics).items():
@@ -36,7 +37,8 @@ def finalise(metrics) -> dict[str, float]:
       values[name] = float(value)
     elif value[1] > 0:
       values[name] = float(value[0]) / float(value[1])
-  mean_square = values.pop("ratio_sq", 0.0)
-  if mean_square > 0:
-    values["ess"] = values["ratio"] ** 2 / mean_square
+  for name in [name for name in values if name.startswith("ratio_sq")]:
+    mean_square, of = values.pop(name), name.removeprefix("ratio_sq")
+    if mean_square > 0:
+      values[f"ess{of}"] = values[f"ratio{of}"] ** 2 / mean_square
   return values

@@ -40,6 +40,7 @@ import jax
 import jax.numpy as jnp
 
 POLICY_LOSSES = ("ppo", "reinforce")
+LAGS = 4  # metrics tell apart lags 0 .. LAGS - 1, the last of them and over
 
 
 def loss(
@@ -112,6 +113,14 @@ def loss(
     "ratio_max": jnp.max(keep(ratio_BT)),
     "clip_share": mean(clipped_BT.astype(logp_BT.dtype)),
   }
+  if batch.lag_BT is not None:
+    for lag in range(LAGS):
+      of_lag_BT = trained_BT & (jnp.minimum(batch.lag_BT, LAGS - 1) == lag)
+      count = jnp.sum(of_lag_BT).astype(logp_BT.dtype)
+      of_lag = lambda x_BT, mask_BT=of_lag_BT: jnp.sum(jnp.where(mask_BT, x_BT, 0))  # noqa: E731
+      metrics[f"ratio_lag_{lag}"] = of_lag(ratio_BT), count
+      metrics[f"ratio_sq_lag_{lag}"] = of_lag(ratio_BT**2), count
+      metrics[f"share_lag_{lag}"] = count, tokens
   if has_reference:
     d_BT = jnp.clip(keep(batch.reference_logp_BT) - logp_BT, -clamp_log_ratio, clamp_log_ratio)
     kl_BT = jnp.exp(d_BT) - d_BT - 1

@@ -1,84 +1,37 @@
-"""Continuous batching over fixed slots: attempts wait, run and finish; tokens only, no text.
+"""Continuous batching: a queue in front of replicas, each with its own slots and pages.
 
-The token at a position of an attempt depends on (parameters, prompt, seed, attempt, position)
-alone: not on its slot, on its neighbours or on the order of arrival. Every token carries the
-version of the policy that sampled it; `set_params` may come between any two steps.
+Tokens only, no text. The token at a position of an attempt depends on (parameters, prompt, seed,
+attempt, position) alone: not on its slot, its neighbours, the order of arrival, preemption or how
+its prompt was prefilled. Every token carries the version of the policy that sampled it;
+`set_params` may come between any two steps.
 """
 
-import asyncio
 import collections
 import dataclasses
-import math
-import time
 from collections.abc import Callable, Sequence
-
-import jax
-import numpy as np
 
 from qed_jax import sharding
 from qed_jax.model.qwen3 import Qwen3Config
-from qed_jax.records import Completion, Usage
-from qed_jax.rollout import sampler, sampling, weights
+from qed_jax.records import Completion
+from qed_jax.rollout import weights
+from qed_jax.rollout.replica import Counters, Replica, Shapes
+from qed_jax.rollout.requests import Piece, Request, RequestError, Running, check
 
-
-class RequestError(ValueError):
-  """A request that the engine cannot serve; the others go on."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """One attempt at a prompt.
-
-  prompt_tokens: ids. seed, attempt: with the prompt they name the random numbers; attempts of a
-  group share the seed and count 0, 1, ... max_tokens: at most this many new tokens.
-  temperature: 0 is greedy. top_p: 1 is off. top_k: 0 is off.
-  """
-
-  prompt_tokens: Sequence[int]
-  seed: int
-  attempt: int
-  max_tokens: int
-  temperature: float
-  top_p: float = 1.0
-  top_k: int = 0
-
-
-@dataclasses.dataclass
-class Running:
-  """An attempt in the engine, and what it has sampled so far, a piece a step."""
-
-  ticket: int
-  request: Request
-  submitted: float
-  tokens: list = dataclasses.field(default_factory=list)
-  logprobs: list = dataclasses.field(default_factory=list)
-  versions: list = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass
-class Counters:
-  """Sums since the engine was made. Busy share = sampled_tokens / slot_steps."""
-
-  prefilled_tokens: int = 0
-  sampled_tokens: int = 0
-  decode_steps: int = 0
-  slot_steps: int = 0
-
-
-def buckets(smallest: int, largest: int) -> tuple[int, ...]:
-  """Powers of two from `smallest` up, the last at least `largest`."""
-  top = max(0, math.ceil(math.log2(largest / smallest)))
-  return tuple(smallest * 2**i for i in range(top + 1))
+# A slot's company costs an attempt about as much time as the prefill of so many tokens does: what
+# sharing a prefix must save before attempts crowd into one replica.
+CROWDING_TOKENS = 16
 
 
 class Engine:
-  """Slots, the queue in front of them, and the parameters that decode.
+  """The queue, the replicas, and the parameters that they decode with.
 
-  config: model and compute dtype. mesh: devices of this engine, on this host. slots: attempts that
-  run at once. max_length: prompt + new tokens of an attempt. chunk: most tokens a slot samples per
-  host call. prefill_buckets: padded prompt lengths, ascending. prefill_rows: prompts per prefill.
-  stop_ids: tokens that end an attempt. truncated_logp: log-probs on the support that top-k and
-  top-p leave instead of the full vocabulary.
+  config: model and compute dtype. mesh: devices of this engine, on this host; each row of its
+  `tensor` axis is a replica. shapes: of the whole engine; replicas share slots and pages evenly.
+  lanes: replicas on each set of devices: one on an accelerator; on a CPU, two programs keep two
+  cores busier than one does. prefill_budget: most tokens computed for prompts before a chunk of
+  decoding that waits for them. stop_ids: tokens that end an attempt. truncated_logp: log-probs on
+  the support that top-k, top-p and min-p leave instead of the full vocabulary. keep_prefixes:
+  whether what the index holds outlives the parameters that computed it.
   """
 
   def __init__(
@@ -86,69 +39,138 @@ class Engine:
     config: Qwen3Config,
     *,
     mesh,
-    slots: int,
-    max_length: int,
-    chunk: int,
-    prefill_buckets: Sequence[int],
-    prefill_rows: int,
+    shapes: Shapes,
+    lanes: int,
+    prefill_budget: int,
     stop_ids: Sequence[int],
     truncated_logp: bool,
+    keep_prefixes: bool,
   ):
-    self.config, self.mesh, self.slots, self.max_length = config, mesh, slots, max_length
-    self.chunk, self.stop_ids, self.truncated_logp = chunk, tuple(stop_ids), truncated_logp
-    self.prefill_buckets, self.prefill_rows = tuple(prefill_buckets), prefill_rows
-    self.counters = Counters()
-    self._params, self._version = None, 0
-    self._state = sampler.create_state(config, slots, max_length, mesh)
+    self.config, self.stop_ids = config, tuple(stop_ids)
+    self.slots, self.max_length = shapes.slots, shapes.max_length
+    self.prefill_budget, self.keep_prefixes = prefill_budget, keep_prefixes
+    self.mesh = mesh
+    meshes = sharding.replica_meshes(mesh)
+    count = len(meshes) * lanes
+    if shapes.slots % count or (shapes.pages % count):
+      raise ValueError(
+        f"slots={shapes.slots} and pages={shapes.pages} must be multiples of the {count} replicas "
+        f"({len(meshes)} sets of devices x {lanes} lanes)"
+      )
+    share = dataclasses.replace(shapes, slots=shapes.slots // count, pages=shapes.pages // count)
+    self.replicas = [
+      Replica(
+        config,
+        replica_mesh,
+        share,
+        stop_ids=self.stop_ids,
+        truncated_logp=truncated_logp,
+        by_layer=weights.by_layer(replica_mesh),
+      )
+      for replica_mesh in meshes
+      for _ in range(lanes)
+    ]
+    self._lanes, self._ready = lanes, False
     self._waiting: collections.deque[Running] = collections.deque()
-    self._running: dict[int, Running] = {}  # by slot
-    self._finished: list[tuple[int, Completion]] = []
+    self._finished: list[tuple[int, Completion | RequestError]] = []
     self._tickets = 0
 
   def set_params(self, params: dict, version: int) -> None:
     """New parameters in the trainer's pytree, from the next step on; running attempts go on.
 
     Leaves already in the compute dtype and layout are used as they are: a train step that donates
-    them must be followed by set_params before the next step here.
+    them must be followed by set_params before the next step here. Raises ValueError, and keeps the
+    old ones, when paths or shapes are not those of the model.
     """
-    self._params = weights.sampler_params(self.config, params, self.mesh)
-    self._version = version
+    weights.check(self.config, params)
+    own = weights.sampler_params(self.config, params, self.mesh)
+    for i, replica in enumerate(self.replicas):
+      replica.set_params(own[i // self._lanes], version, self.keep_prefixes)
+    self._ready = True
 
   def warm_up(self) -> None:
     """Compiles every program that requests can need; without it the first ones wait for that."""
     self._need_params()
-    with jax.set_mesh(self.mesh):
-      for bucket in self.prefill_buckets:
-        tokens_PT = self._place(np.zeros((self.prefill_rows, bucket), np.int32))
-        prefilled = sampler.prefill(self.config, self._params, tokens_PT)
-        nothing = self._place(self._attempts([], []))
-        self._state = sampler.admit(self._state, *prefilled, nothing)
-      self._decode()
+    for replica in self.replicas:
+      replica.warm_up()
 
-  def submit(self, request: Request) -> int:
-    """Queues an attempt -> its ticket. Raises RequestError, one line, when it cannot serve it."""
-    self._check(request)
+  def submit(self, request: Request, on_piece: Callable[[Piece], None] | None = None) -> int:
+    """Queues an attempt -> its ticket. Raises RequestError, one line, when it cannot serve it.
+
+    on_piece: called from `step` with what the attempt has sampled since the last call.
+    """
+    check(
+      request,
+      vocab_size=self.config.vocab_size,
+      max_length=self.max_length,
+      stop_ids=self.stop_ids,
+    )
     self._tickets += 1
-    self._waiting.append(Running(self._tickets, request, time.monotonic()))
+    limit = min(len(request.prompt_tokens) + request.max_tokens, self.max_length)
+    self._waiting.append(Running(self._tickets, request, limit, on_piece))
     return self._tickets
+
+  def abort(self, ticket: int) -> None:
+    """Forgets an attempt, wherever it is; its ticket is never polled. Unknown ones are ignored."""
+    self._waiting = collections.deque(r for r in self._waiting if r.ticket != ticket)
+    self._finished = [(t, result) for t, result in self._finished if t != ticket]
+    for replica in self.replicas:
+      for running in list(replica.running.values()):
+        if running.ticket == ticket:
+          replica.drop(running)
+
+  @property
+  def waiting(self) -> int:
+    return len(self._waiting)
+
+  @property
+  def running(self) -> int:
+    return sum(len(replica.running) for replica in self.replicas)
 
   @property
   def unfinished(self) -> int:
     """Attempts waiting or running."""
-    return len(self._waiting) + len(self._running)
+    return self.waiting + self.running
 
-  def poll(self) -> list[tuple[int, Completion]]:
-    """Takes what has finished: (ticket, Completion with an empty text)."""
+  @property
+  def vocab_size(self) -> int:
+    return self.config.vocab_size
+
+  @property
+  def pages_total(self) -> int:
+    return sum(replica.pages.total for replica in self.replicas)
+
+  @property
+  def pages_free(self) -> int:
+    """Pages that no running attempt holds."""
+    return self.pages_total - sum(replica.held_pages for replica in self.replicas)
+
+  @property
+  def counters(self) -> Counters:
+    """Sums over the replicas."""
+    sums = Counters()
+    for field in dataclasses.fields(Counters):
+      setattr(sums, field.name, sum(getattr(r.counters, field.name) for r in self.replicas))
+    return sums
+
+  def poll(self) -> list[tuple[int, Completion | RequestError]]:
+    """Takes what has finished: (ticket, Completion with an empty text, or why there is none)."""
     finished, self._finished = self._finished, []
     return finished
 
   def step(self) -> None:
-    """Fills free slots from the queue, then samples up to `chunk` tokens in every busy slot."""
+    """Starts attempts from the queue, dispatches a chunk a replica, reads the chunk before it."""
     self._need_params()
-    with jax.set_mesh(self.mesh):
-      self._admit()
-      if self._running:
-        self._decode()
+    self._fill()
+    dispatched = [replica.dispatch(self.waiting) for replica in self.replicas]
+    for replica, ahead in zip(self.replicas, dispatched, strict=True):
+      for running, error in replica.collect(leave=int(ahead)):
+        result = error or running.completion(self.stop_ids)
+        self._finished.append((running.ticket, result))
+      preempted, replica.preempted = replica.preempted, []
+      if preempted:
+        queued = sorted([*preempted, *self._waiting], key=lambda r: r.ticket)
+        self._waiting = collections.deque(queued)
 
   def generate(
     self,
@@ -173,218 +195,53 @@ class Engine:
     finished = refused
     while self.unfinished:
       self.step()
-      for ticket, completion in self.poll():
-        results[index[ticket]] = completion
+      for ticket, result in self.poll():
+        results[index[ticket]] = result
         finished += 1
       if progress is not None:
         progress(finished, self.counters.sampled_tokens - before)
     return results
 
   def _need_params(self) -> None:
-    if self._params is None:
+    if not self._ready:
       raise ValueError("the engine has no parameters: call set_params first")
 
-  def _check(self, request: Request) -> None:
-    n, vocab = len(request.prompt_tokens), self.config.vocab_size
-    longest = min(self.max_length - 1, self.prefill_buckets[-1] + 1)
-    if n == 0:
-      raise RequestError("the prompt is empty: it needs at least one token")
-    if n > longest:
-      raise RequestError(
-        f"the prompt has {n} tokens, this engine takes {longest}: raise max_length "
-        f"({self.max_length}) or prefill_buckets (up to {self.prefill_buckets[-1]})"
+  def _fill(self) -> None:
+    """Assigns the queue to free slots and computes contexts, within the budget.
+
+    Attempts of which another one is about to compute more than half wait for it, a round or two.
+    """
+    decoding = any(r.decoding for replica in self.replicas for r in replica.running.values())
+    computed = 0
+    while True:
+      assigned = self._assign()
+      now = sum(replica.prefill() for replica in self.replicas)
+      computed += now
+      if not (assigned or now) or (decoding and computed >= self.prefill_budget):
+        break
+    for replica in self.replicas:
+      replica.start()
+
+  def _assign(self) -> bool:
+    """Gives waiting attempts their slots, the first in the queue first -> whether any got one."""
+    passed_over, assigned = [], False
+    while self._waiting and len(passed_over) < self.slots:
+      open_replicas = [r for r in self.replicas if r.free_slots]
+      if not open_replicas:
+        break
+      running = self._waiting.popleft()
+      shared = {id(r): r.shared(running) for r in open_replicas}
+      best = max(shared.values())
+      gain = max(r.computing(running) for r in open_replicas) - best
+      if gain > 0 and 2 * gain >= running.known - 1 - best:
+        passed_over.append(running)
+        continue
+      by_cost = sorted(
+        open_replicas, key=lambda r: CROWDING_TOKENS * len(r.running) - shared[id(r)]
       )
-    low, high = min(request.prompt_tokens), max(request.prompt_tokens)
-    if low < 0 or high >= vocab:
-      bad = low if low < 0 else high
-      raise RequestError(f"prompt token {bad} is not in the vocabulary of {vocab}")
-    if request.max_tokens < 1:
-      raise RequestError(f"max_tokens is {request.max_tokens}: it must be at least 1")
-    if not 0 <= request.temperature < math.inf:
-      raise RequestError(f"temperature is {request.temperature}: it must be finite and >= 0")
-    if not 0 < request.top_p <= 1:
-      raise RequestError(f"top_p is {request.top_p}: it must be in (0, 1]")
-    if not 0 <= request.top_k <= sampling.MAX_TOP_K:
-      raise RequestError(f"top_k is {request.top_k}: it must be in 0..{sampling.MAX_TOP_K}")
-
-  def _bucket(self, running: Running) -> int:
-    n = len(running.request.prompt_tokens) - 1
-    return next(b for b in self.prefill_buckets if n <= b)
-
-  def _admit(self) -> None:
-    """Prefills the queue's head into the free slots, one compiled shape a bucket.
-
-    The bucket depends on the prompt alone, so that the co-batch cannot change a bit.
-    """
-    free = [s for s in range(self.slots) if s not in self._running]
-    taken = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
-    # Attempts of one prompt, whole groups of them, share a row of the prefill.
-    by_prompt: dict[tuple, list[Running]] = {}
-    for running in taken:
-      by_prompt.setdefault(tuple(map(int, running.request.prompt_tokens)), []).append(running)
-    by_bucket: dict[int, list[tuple]] = {}
-    for prompt, attempts in by_prompt.items():
-      by_bucket.setdefault(self._bucket(attempts[0]), []).append(prompt)
-    for bucket, prompts in by_bucket.items():
-      for i in range(0, len(prompts), self.prefill_rows):
-        rows = prompts[i : i + self.prefill_rows]
-        self._prefill(bucket, rows, [by_prompt[p] for p in rows], free)
-
-  def _prefill(self, bucket: int, prompts, groups, free: list[int]) -> None:
-    tokens_PT = np.zeros((self.prefill_rows, bucket), np.int32)
-    for row, prompt in enumerate(prompts):
-      tokens_PT[row, : len(prompt) - 1] = prompt[:-1]
-    self.counters.prefilled_tokens += sum(len(p) - 1 for p in prompts)
-    k_LPTKH, v_LPTKH = sampler.prefill(self.config, self._params, self._place(tokens_PT))
-    starts = [(row, running) for row, group in enumerate(groups) for running in group]
-    for i in range(0, len(starts), self.prefill_rows):
-      attempts = self._attempts(starts[i : i + self.prefill_rows], free)
-      self._state = sampler.admit(self._state, k_LPTKH, v_LPTKH, self._place(attempts))
-
-  def _attempts(self, starts: list[tuple[int, Running]], free: list[int]) -> sampler.Attempts:
-    rows = self.prefill_rows
-    ints = lambda fill: np.full(rows, fill, np.int32)  # noqa: E731
-    words = lambda: np.zeros(rows, np.uint32)  # noqa: E731
-    controls = sampling.Controls(np.zeros(rows, np.float32), ints(0), np.ones(rows, np.float32))
-    a = sampler.Attempts(
-      ints(self.slots), ints(0), ints(0), ints(0), ints(0), words(), words(), words(), controls
-    )
-    for i, (row, running) in enumerate(starts):
-      request, slot = running.request, free.pop(0)
-      self._running[slot] = running
-      n = len(request.prompt_tokens)
-      a.slot_B[i], a.row_B[i] = slot, row
-      a.token_B[i], a.position_B[i] = request.prompt_tokens[-1], n - 1
-      a.remaining_B[i] = min(request.max_tokens, self.max_length - n)
-      a.seed_B[i], a.attempt_B[i] = request.seed % 2**32, request.attempt % 2**32
-      a.prompt_id_B[i] = sampling.prompt_id(request.prompt_tokens)
-      controls.temperature_B[i] = request.temperature
-      controls.top_k_B[i], controls.top_p_B[i] = request.top_k, request.top_p
-    return a
-
-  def _decode(self) -> None:
-    # With work in the queue, come back as soon as a prefill's worth of slots is free.
-    fewest = max(1, len(self._running) - self.prefill_rows + 1) if self._waiting else 1
-    self._state, chunk = sampler.decode(
-      self.config,
-      self._params,
-      self._state,
-      self._place(np.int32(fewest)),
-      chunk=self.chunk,
-      stop_ids=self.stop_ids,
-      truncated_logp=self.truncated_logp,
-    )
-    chunk = jax.device_get(chunk)
-    self.counters.sampled_tokens += int(chunk.count_B.sum())
-    self.counters.decode_steps += int(chunk.count_B.max())
-    self.counters.slot_steps += int(chunk.count_B.max()) * self.slots
-    for slot, running in list(self._running.items()):
-      n = int(chunk.count_B[slot])
-      running.tokens.append(chunk.tokens_BC[slot, :n])
-      running.logprobs.append(chunk.logp_BC[slot, :n])
-      running.versions.append(np.full(n, self._version, np.int32))
-      if chunk.remaining_B[slot] == 0:
-        del self._running[slot]
-        self._finished.append((running.ticket, self._completion(running)))
-
-  def _completion(self, running: Running) -> Completion:
-    tokens = np.concatenate(running.tokens)
-    prompt = np.asarray(running.request.prompt_tokens, np.int32)
-    return Completion(
-      text="",
-      tokens=tokens,
-      logprobs=np.concatenate(running.logprobs),
-      versions=np.concatenate(running.versions),
-      prompt_tokens=prompt,
-      finish_reason="stop" if tokens[-1] in self.stop_ids else "length",
-      usage=Usage(len(prompt), len(tokens), time.monotonic() - running.submitted, 1),
-    )
-
-  def _place(self, tree):
-    return sharding.replicate(self.mesh, tree)
-
-
-class EngineChat:
-  """The Chat protocol on an engine, so that scaffolds run on it unchanged.
-
-  Calls wait together: one of them drives the engine in a thread while the event loop serves the
-  others, and what they ask meanwhile joins at the next step. Without a `seed`, calls with the same
-  prompt draw on: the engine's attempts are counted per prompt under the seed given here.
-  """
-
-  def __init__(self, engine: Engine, tokenizer, seed: int):
-    self.engine, self.tokenizer, self.seed = engine, tokenizer, seed
-    self._asked: list[tuple[Request, asyncio.Future]] = []
-    self._futures: dict[int, asyncio.Future] = {}
-    self._attempts: collections.Counter = collections.Counter()
-    self._driver: asyncio.Task | None = None
-
-  async def chat(
-    self,
-    messages: Sequence[dict],
-    *,
-    max_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    n: int = 1,
-    seed: int | None = None,
-    thinking: bool = True,
-  ) -> list[Completion]:
-    """n completions of one conversation. With a `seed` they are attempts 0..n-1 under it.
-
-    Raises RequestError when the engine cannot serve the request.
-    """
-    prompt = tuple(self.tokenizer.chat(messages, thinking=thinking))
-    first = 0
-    if seed is None:
-      seed, name = self.seed, sampling.prompt_id(prompt)
-      first = self._attempts[name]
-      self._attempts[name] += n
-    futures = []
-    for attempt in range(first, first + n):
-      request = Request(prompt, seed, attempt, max_tokens, temperature, top_p, top_k)
-      futures.append(asyncio.get_running_loop().create_future())
-      self._asked.append((request, futures[-1]))
-    if self._driver is None or self._driver.done():
-      self._driver = asyncio.create_task(self._drive())
-    return [self._with_text(c) for c in await asyncio.gather(*futures)]
-
-  def _with_text(self, completion: Completion) -> Completion:
-    return dataclasses.replace(completion, text=self.tokenizer.decode(completion.tokens.tolist()))
-
-  async def _drive(self) -> None:
-    """Steps the engine until nothing is asked of it; its failure is that of every waiting call."""
-    try:
-      while True:
-        await self._everyone_waits()
-        self._submit()
-        if not self.engine.unfinished:
-          return
-        await asyncio.to_thread(self.engine.step)
-        for ticket, completion in self.engine.poll():
-          future = self._futures.pop(ticket)
-          if not future.done():
-            future.set_result(completion)
-    except Exception as e:
-      waiting = [*self._futures.values(), *(future for _, future in self._asked)]
-      self._futures, self._asked = {}, []
-      for future in waiting:
-        if not future.done():
-          future.set_exception(e)
-
-  async def _everyone_waits(self) -> None:
-    """Lets the coroutines run on until none of them asks for more."""
-    asked = -1
-    while asked != len(self._asked):
-      asked = len(self._asked)
-      await asyncio.sleep(0)
-      await asyncio.sleep(0)
-
-  def _submit(self) -> None:
-    asked, self._asked = self._asked, []
-    for request, future in asked:
-      try:
-        self._futures[self.engine.submit(request)] = future
-      except RequestError as e:
-        future.set_exception(e)
+      if not any(replica.take(running) for replica in by_cost):
+        passed_over.append(running)
+        break
+      assigned = True
+    self._waiting.extendleft(reversed(passed_over))
+    return assigned

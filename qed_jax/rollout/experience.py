@@ -1,23 +1,31 @@
-"""Problems -> prompts -> completions -> grades -> advantages -> Batch: the stream of an RL job.
+"""Problems -> prompts -> completions -> grades -> Batch: the stream of an RL job.
 
 Rubric RL and cache RL differ in one function, the source of the prompts: the problem itself, or
-states that the reasoning cache reached (scaffolds/reasoning_cache.py). Everything drawn at random
-is keyed by (seed, step, problem, attempt), so the only state to save is the buffer of summaries.
+states that the reasoning cache reached (scaffolds/reasoning_cache.py). A piece of work is a problem
+with all its attempts; pieces of several steps are open at once where max_lag allows it
+(streaming.py), sampling goes on under each new policy, and grading overlaps it. Everything drawn at
+random is keyed by (seed, step, problem, attempt), so the state to save is the buffer of summaries
+and the numbers of the open pieces.
 """
 
 import asyncio
+import concurrent.futures
 import dataclasses
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import jax
 import numpy as np
 
-from qed_jax.data import packing
 from qed_jax.data.tokenizer import Tokenizer
-from qed_jax.objectives import finalise, reasoning_cache, rubric_rl
-from qed_jax.records import Batch, Completion, Grade, Problem, Rollout
-from qed_jax.rollout.engine import Engine, EngineChat, RequestError
+from qed_jax.objectives import reasoning_cache
+from qed_jax.records import Completion, Grade, Problem, Rollout
+from qed_jax.rollout.assembly import Group, assemble, length_metrics
+from qed_jax.rollout.engine import Engine
+from qed_jax.rollout.engine_chat import EngineChat
+from qed_jax.rollout.requests import RequestError
+from qed_jax.rollout.streaming import Window
 from qed_jax.scaffolds.proof import split_proof
 from qed_jax.scaffolds.reasoning_cache import (
   State,
@@ -28,22 +36,25 @@ from qed_jax.scaffolds.reasoning_cache import (
   turn_seed,
 )
 
-MAX_SCORE = 7
 STOP_POLL_S = 0.2  # how soon SIGTERM is seen while sampling
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-  """A state to make attempts from, and the completion that wrote its summary, if it is trained."""
+@dataclasses.dataclass
+class Work:
+  """A problem and what has become of it. roll_in: tokens spent on the way to its states."""
 
-  state: State
-  name: str
-  seed: int
-  sibling: str = ""  # states of one sibling name differ only in who wrote the summary
+  number: int
+  problem: Problem
+  start: reasoning_cache.StoredSummary = reasoning_cache.EMPTY
+  groups: list[Group] = dataclasses.field(default_factory=list)
+  rollouts: list[list[Rollout]] = dataclasses.field(default_factory=list)
+  summaries: tuple = ()
+  roll_in: int = 0
+  sampled: bool = False
 
 
 class Experience:
-  """next(params, step) -> (Batch, metrics, rollouts); state() and restore() hold the buffer."""
+  """next(params, step) -> (Batch, metrics, rollouts); state() and restore() for checkpoints."""
 
   def __init__(
     self,
@@ -57,133 +68,212 @@ class Experience:
     stopped: Callable[[], bool],
   ):
     """config: the job's ConfigDict (rollout, objective, cache, batch, seed). templates: the texts
-    of
-    the prompts "reason" and "summarise". summariser: a chat, or None for the policy's own.
+    of the prompts "reason" and "summarise". summariser: a chat, or None for the policy's own.
     stopped: asked while sampling; True makes `next` give up its step and return None."""
+    rollout = config.rollout
     self.config, self.problems, self.engine = config, problems, engine
-    self.chat = EngineChat(engine, tokenizer, config.seed).chat
     self.summariser, self.grade, self.templates = summariser, grade, templates
     self.stopped = stopped
     self.buffer = reasoning_cache.SummaryBuffer()
+    self.window = Window(rollout.problems, rollout.max_lag, rollout.order)
+    self.engine_chat = EngineChat(engine, tokenizer, config.seed, hold=self._hold)
+    self.chat = self.engine_chat.chat
+    self._open: dict[int, Work] = {}
+    self._tasks: dict[asyncio.Task, Work] = {}
+    self._again: dict | None = None  # restored state, until the first step
+    self._resting = False
+    self._loop = asyncio.new_event_loop()
+    self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
+    self._thread.start()
 
   def next(self, params, step: int):
-    """A step's experience with the policy `params`, whose version is `step`.
+    """A step's experience; sampling goes on with the policy `params`, whose version is `step`.
 
     Returns a host Batch (numpy), metrics (floats) and the rollouts, graded or not; None when the
-    program should stop.
+    program should stop. With placement "colocated" the engine rests when this returns.
     """
-    start = time.perf_counter()
-    self.engine.set_params(params, step)
-    collected = asyncio.run(unless(self.stopped, self._collect(step)))
-    if collected is None:
+    begin, before = time.perf_counter(), self._sampled_tokens()
+    handed_over = self._wait(self.engine_chat.set_params(params, step))
+    if handed_over is None:
       return None
-    rollouts_PA, written, roll_in, self.buffer = collected
-    seconds = time.perf_counter() - start
-    batch, metrics = self._batch(rollouts_PA, written)
+    updated = time.perf_counter()
+    done = self._wait(self._until_due(step))
+    if done is None:
+      return None
+    done = done[0]
+    seconds = time.perf_counter() - begin
+    rollouts_PA = [group for work in done for group in work.rollouts]
+    if not rollouts_PA:
+      raise ValueError(f"step {step}: every prompt is longer than rollout.max_length: raise it")
+    trains_summaries = self.config.job == "cache_rl" and self.config.cache.summaries > 1
+    written = [group for work in done for group in work.groups] if trains_summaries else []
+    batch, metrics = assemble(self.config, rollouts_PA, written, step)
+    if self.config.job == "cache_rl" and self.config.cache.replay:
+      self.buffer = reasoning_cache.replace(self.buffer, {
+        w.problem.id: reasoning_cache.continued(w.start, w.summaries, step) for w in done
+      })  # fmt: skip
     rollouts = [r for group in rollouts_PA for r in group]
-    metrics.update(length_metrics(rollouts))
-    sampled = roll_in + sum(len(r.completion.tokens) for r in rollouts)
-    metrics.update({
-      "lag_max": max(step - int(r.completion.versions.min(initial=step)) for r in rollouts),
+    roll_in = sum(work.roll_in for work in done)
+    sampled = self._sampled_tokens() - before
+    metrics |= length_metrics(rollouts) | lag_metrics(rollouts, step)
+    metrics |= {
       "roll_in_tokens": roll_in,
+      "open_problems": len(self._open),
       "seconds/rollout": seconds,
+      "seconds/set_params": updated - begin,
       "tokens_per_s/rollout": sampled / seconds,
-    })  # fmt: skip
+    }
     return batch, metrics, rollouts
 
   def close(self) -> None:
-    """Nothing is held between steps."""
+    """Gives up what is open and ends the thread."""
+    if self._thread.is_alive():
+      self._wait(self._cancel(), stoppable=False)
+      self._loop.call_soon_threadsafe(self._loop.stop)
+      self._thread.join()
+      self._loop.close()
 
   def state(self) -> dict:
-    return {"buffer": reasoning_cache.to_json(self.buffer)}
+    window = self._again or self.window.state()
+    return {"buffer": reasoning_cache.to_json(self.buffer), "window": window}
 
   def restore(self, state: dict) -> None:
+    """What was open is begun again, under the policy that the run resumes with."""
     self.buffer = reasoning_cache.from_json(state["buffer"])
+    self._again = state["window"]
+
+  # --- the event loop ------------------------------------------------------------------------
+
+  def _wait(self, work, stoppable: bool = True):
+    """A coroutine's result in a tuple; None, and all that is open cancelled, once `stopped`."""
+    future = asyncio.run_coroutine_threadsafe(work, self._loop)
+    while True:
+      try:
+        return (future.result(timeout=STOP_POLL_S),)
+      except concurrent.futures.TimeoutError:
+        if future.done():
+          raise
+        if stoppable and self.stopped():
+          future.cancel()
+          self._wait(self._cancel(), stoppable=False)
+          return None
+
+  async def _cancel(self) -> None:
+    tasks = list(self._tasks)
+    for task in tasks:
+      task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    self._tasks.clear()
+    self._resting = True
+    await self.engine_chat.rest()
+
+  def _hold(self) -> bool:
+    """Whether the engine rests. In the order of admission it does so as soon as the next step is
+    sampled, not when a judge is done with it: how far later work gets must not depend on a clock.
+    """
+    if self._resting:
+      return True
+    rollout = self.config.rollout
+    if rollout.order == "admission" and rollout.placement == "colocated":
+      return all(self._open[n].sampled for n in self.window.needed() if n in self._open)
+    return False
+
+  async def _until_due(self, step: int) -> list[Work]:
+    """Starts what may start, and waits for what this step trains."""
+    if self._again is not None:
+      for number in self.window.restore(self._again, step):
+        self._start(number)
+      self._again = None
+    for number in self.window.admit(step):
+      self._start(number)
+    self._resting = False
+    self.engine_chat.go_on()
+    while (due := self.window.due(step)) is None:
+      finished, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+      for task in sorted(finished, key=lambda task: self._tasks[task].number):
+        task.result()
+        self.window.finish(self._tasks.pop(task).number)
+    self.window.take(due)
+    if self.config.rollout.placement == "colocated":
+      self._resting = True
+      await self.engine_chat.rest()
+    return [self._open.pop(number) for number in due]
+
+  def _start(self, number: int) -> None:
+    work = Work(number, self.problem(number))
+    self._open[number] = work
+    self._tasks[self._loop.create_task(self._run(work))] = work
+
+  def _sampled_tokens(self) -> int:
+    return self.engine.counters.sampled_tokens
 
   # --- prompts -------------------------------------------------------------------------------
 
-  def problems_of(self, step: int) -> list[Problem]:
-    """This host's share of the step's problems: every problem once an epoch, shuffled anew."""
-    wanted, size = self.config.rollout.problems, len(self.problems)
-    mine = range(jax.process_index(), wanted, jax.process_count())
-    picked = []
-    for index in (step * wanted + i for i in mine):
-      order = np.random.default_rng((self.config.seed, index // size)).permutation(size)
-      picked.append(self.problems[int(order[index % size])])
-    return picked
+  def problem(self, number: int) -> Problem:
+    """The problem of a piece of work: every one once an epoch, shuffled anew."""
+    epoch, place = divmod(number, len(self.problems))
+    order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.problems))
+    return self.problems[int(order[place])]
 
-  async def _groups(self, step: int):
-    """The step's groups, the tokens spent on the way, and the buffer once the step is done."""
-    problems = self.problems_of(step)
-    seeds = [turn_seed(self.config.seed, step, p.id) for p in problems]
+  async def _run(self, work: Work) -> None:
+    """From the problem to graded attempts."""
+    step, place = divmod(work.number, self.config.rollout.problems)
+    seed = turn_seed(self.config.seed, step, work.problem.id)
     if self.config.job == "rl":
-      pairs = zip(problems, seeds, strict=True)
-      groups = [Group(State(p, "", 1), f"{p.id}/{i}", s) for i, (p, s) in enumerate(pairs)]
-      return groups, 0, self.buffer
-    return await self._cache_groups(step, problems, seeds)
+      work.groups = [Group(State(work.problem, "", 1), f"{work.problem.id}/{place}", seed)]
+    else:
+      try:
+        await self._roll_in(work, step, place, seed)
+      except RequestError:  # a prompt too long for the engine: nothing to train on, nothing lost
+        work.sampled = True
+        return
+    sampled = 0
 
-  async def _cache_groups(self, step, problems, seeds):
-    """Roll every problem in for `cache.turns` turns, draw `cache.states` of the states passed."""
-    cache, seed = self.config.cache, self.config.seed
-    starts = [
-      reasoning_cache.sample(self.buffer, p.id, seed=seed, step=step, draw=i)
-      if cache.replay
-      else reasoning_cache.EMPTY
-      for i, p in enumerate(problems)
-    ]
-    solutions = await gather_served(
-      solve(
-        problem,
-        self.chat,
-        turns=cache.turns,
-        reason_template=self.templates["reason"],
-        summarise_template=self.templates["summarise"],
-        reason=sampling(self.config.rollout),
-        summarise_sampling=sampling(cache),
-        seed=turn_seed(roll_seed, "roll-in"),
-        summariser=self.summariser,
-        summary=start.text,
-        summarise_last=cache.final_state,
-      )
-      for problem, roll_seed, start in zip(problems, seeds, starts, strict=True)
-    )
-    served = [i for i, solution in enumerate(solutions) if solution is not None]
-    problems, seeds, starts, solutions = (
-      [values[i] for i in served] for values in (problems, seeds, starts, solutions)
-    )
-    if not solutions:
-      raise ValueError(f"step {step}: every prompt is longer than rollout.max_length: raise it")
-    buffer = self.buffer
+    def one_sampled():
+      nonlocal sampled
+      sampled += 1
+      work.sampled = sampled == len(work.groups)
+
+    attempts = [self._attempt(group, one_sampled) for group in work.groups]
+    work.rollouts = await asyncio.gather(*attempts)
+
+  async def _roll_in(self, work: Work, step: int, place: int, seed: int) -> None:
+    """Rolls the problem in for `cache.turns` turns, draws `cache.states` of the states passed."""
+    cache, problem = self.config.cache, work.problem
     if cache.replay:
-      buffer = reasoning_cache.replace(buffer, {
-        s.problem.id: reasoning_cache.continued(
-          start, [t.summary_after for t in s.turns if t.summary_completion], step)
-        for s, start in zip(solutions, starts, strict=True)
-      })  # fmt: skip
-    reached = [states(s) for s in solutions]
-    numbers = [reasoning_cache.problem_number(p.id, i) for i, p in enumerate(problems)]
-    available_PU = np.ones((len(problems), len(reached[0])), bool)
-    chosen_PU = jax.device_get(
-      _choose(*jax.device_put((np.uint32(seed), np.uint32(step), np.array(numbers, np.uint32),
-                               available_PU)), cache.states)
-    )  # fmt: skip
-    groups = []
-    for i, (solution, passed) in enumerate(zip(solutions, reached, strict=True)):
-      for state, chosen in zip(passed, chosen_PU[i], strict=True):
-        if chosen:
-          name = f"{reasoning_cache.group(state.problem.id, state.turn, state.summary)}/{i}"
-          seed = turn_seed(seeds[i], "attempts", state.turn)
-          groups.append(Group(state, name, seed, sibling=name))
-          if cache.summaries > 1 and state.turn > 1:
-            groups += await self._siblings(solution, groups[-1])
-    spent = sum(
-      len(c.tokens)
-      for s in solutions
-      for t in s.turns
-      for c in (t.completion, t.summary_completion)
-      if c
+      work.start = reasoning_cache.sample(
+        self.buffer, problem.id, seed=self.config.seed, step=step, draw=place
+      )
+    solution = await solve(
+      problem,
+      self.chat,
+      turns=cache.turns,
+      reason_template=self.templates["reason"],
+      summarise_template=self.templates["summarise"],
+      reason=sampling(self.config.rollout),
+      summarise_sampling=sampling(cache),
+      seed=turn_seed(seed, "roll-in"),
+      summariser=self.summariser,
+      summary=work.start.text,
+      summarise_last=cache.final_state,
     )
-    return groups, spent, buffer
+    work.summaries = tuple(t.summary_after for t in solution.turns if t.summary_completion)
+    spent = (c for t in solution.turns for c in (t.completion, t.summary_completion) if c)
+    work.roll_in = sum(len(c.tokens) for c in spent)
+    passed = states(solution)
+    for state, chosen in zip(passed, self._chosen(problem, step, place, len(passed)), strict=True):
+      if chosen:
+        name = f"{reasoning_cache.group(problem.id, state.turn, state.summary)}/{place}"
+        own = turn_seed(seed, "attempts", state.turn)
+        work.groups.append(Group(state, name, own, sibling=name))
+        if cache.summaries > 1 and state.turn > 1:
+          work.groups += await self._siblings(solution, work.groups[-1])
+
+  def _chosen(self, problem: Problem, step: int, place: int, passed: int) -> list[bool]:
+    number = np.array([reasoning_cache.problem_number(problem.id, place)], np.uint32)
+    words = np.uint32(self.config.seed), np.uint32(step), number, np.ones((1, passed), bool)
+    chosen_PU = _choose(*jax.device_put(words), self.config.cache.states)
+    return jax.device_get(chosen_PU)[0].tolist()
 
   async def _siblings(self, solution, group: Group) -> list[Group]:
     """More summaries of the same trace, to compare with the one that the roll-in went on with."""
@@ -207,14 +297,8 @@ class Experience:
 
   # --- attempts ------------------------------------------------------------------------------
 
-  async def _collect(self, step: int):
-    groups, roll_in, buffer = await self._groups(step)
-    rollouts_PA = await asyncio.gather(*(self._attempt(g) for g in groups))
-    written = groups if self.config.job == "cache_rl" and self.config.cache.summaries > 1 else []
-    return rollouts_PA, written, roll_in, buffer
-
-  async def _attempt(self, group: Group) -> list[Rollout]:
-    """A graded attempts at one state."""
+  async def _attempt(self, group: Group, sampled: Callable[[], None]) -> list[Rollout]:
+    """Graded attempts at one state; calls sampled() when only their grades are missing."""
     problem, count = group.state.problem, self.config.rollout.attempts
     messages = reason_messages(self.templates["reason"], problem, group.state.summary)
     try:
@@ -222,9 +306,11 @@ class Experience:
         messages, n=count, seed=group.seed, **sampling(self.config.rollout)
       )
     except RequestError as error:  # a prompt too long for the engine: no grade, and not a zero
+      sampled()
       nothing = Completion(text="", finish_reason="length")
       lost = Grade(None, f"not sampled: {error}")
       return [rollout_of(group, messages, nothing, lost, i) for i in range(count)]
+    sampled()
     grades = await asyncio.gather(
       *(self.grade(problem, split_proof(c.text)[1]) for c in completions)
     )
@@ -232,93 +318,6 @@ class Experience:
       rollout_of(group, messages, completion, grade, i)
       for i, (completion, grade) in enumerate(zip(completions, grades, strict=True))
     ]
-
-  # --- the batch -----------------------------------------------------------------------------
-
-  def _batch(self, rollouts_PA, written: list[Group]) -> tuple[Batch, dict[str, float]]:
-    """Advantages by group, then rows of packed tokens."""
-    objective = self.config.objective
-    score_PA = [[r.grade.score for r in group] for group in rollouts_PA]
-    reward_PA, valid_PA = rubric_rl.rewards(score_PA, max_score=MAX_SCORE)
-    advantage_PA, metrics = rubric_rl.advantages(
-      reward_PA, valid_PA, baseline=objective.baseline, normalize_std=objective.normalize_std
-    )
-    length_PA = np.array([[len(r.completion.tokens) for r in group] for group in rollouts_PA])
-    cut_PA = [[r.completion.finish_reason == "length" for r in group] for group in rollouts_PA]
-    weight_PA = rubric_rl.weights(
-      length_PA,
-      valid_PA,
-      np.array(cut_PA),
-      normalizer=objective.normalizer,
-      overlong_filter=objective.overlong_filter,
-    )
-    turns = np.array([[r.turn for r in group] for group in rollouts_PA])
-    by_turn = reasoning_cache.reward_by_turn(
-      reward_PA.ravel(), valid_PA.ravel(), turns.ravel(), int(turns.max())
-    )
-    completions = [r.completion for group in rollouts_PA for r in group]
-    advantage, weight = np.ravel(advantage_PA), np.ravel(weight_PA)
-    if written:
-      more = self._summary_rows(written, reward_PA, valid_PA, weight.max())
-      completions += [c for c, _, _ in more]
-      advantage = np.append(advantage, [a for _, a, _ in more])
-      weight = np.append(weight, [w for _, _, w in more])
-    trained = (weight > 0) & ((advantage != 0) | (not objective.drop_dead_groups))
-    if not trained.any():
-      trained = weight > 0
-    examples = [
-      token_rows(completions[i], advantage[i], weight[i]) for i in np.flatnonzero(trained)
-    ]
-    if not examples:
-      raise ValueError(
-        f"none of {reward_PA.size} rollouts could be graded ({rollouts_PA[0][0].grade.reason}): "
-        "nothing to train on; mend it and run the same command to resume"
-      )
-    batch, _ = packing.pack_rows(
-      examples, row_length=self.config.batch.row_length, rows_multiple=self.config.batch.rows
-    )
-    measured = finalise({**metrics, **by_turn})
-    return batch, measured | {"packing_efficiency": packing.efficiency(batch.segments_BT)}
-
-  def _summary_rows(self, groups, reward_PA, valid_PA, weight: float):
-    """(completion, advantage, weight) of the summaries that have siblings to be compared with."""
-    objective = self.config.objective
-    rows = []
-    for name in dict.fromkeys(g.sibling for g in groups if g.state.writer is not None):
-      members = [i for i, g in enumerate(groups) if g.sibling == name]
-      if len(members) > 1:
-        reward_PM, valid_PM = reasoning_cache.summary_rewards(
-          reward_PA[members][None], valid_PA[members][None]
-        )
-        advantage_PM, _ = rubric_rl.advantages(
-          reward_PM, valid_PM, baseline=objective.baseline, normalize_std=objective.normalize_std
-        )
-        rows += [
-          (groups[i].state.writer, float(advantage_PM[0, m]), float(weight * valid_PM[0, m]))
-          for m, i in enumerate(members)
-        ]
-    return rows
-
-
-async def gather_served(work) -> list:
-  """Results in order; None for a run with a prompt that the engine cannot take (it is too long)."""
-  results = await asyncio.gather(*work, return_exceptions=True)
-  for result in results:
-    if isinstance(result, BaseException) and not isinstance(result, RequestError):
-      raise result
-  return [None if isinstance(result, RequestError) else result for result in results]
-
-
-async def unless(stopped: Callable[[], bool], work):
-  """What `work` returns; None, and the work cancelled, once `stopped` says so."""
-  task = asyncio.ensure_future(work)
-  while not task.done():
-    if stopped():
-      task.cancel()
-      await asyncio.wait([task])
-      return None
-    await asyncio.wait([task], timeout=STOP_POLL_S)
-  return task.result()
 
 
 _choose = jax.jit(reasoning_cache.choose_states, static_argnums=4)
@@ -349,28 +348,8 @@ def sampling(block) -> dict:
   }
 
 
-def token_rows(completion: Completion, advantage: float, weight: float) -> dict[str, np.ndarray]:
-  """One rollout as per-token arrays: the prompt has weight 0, the completion the rollout's."""
-  prompt, length = len(completion.prompt_tokens), len(completion.tokens)
-
-  def fill(value, dtype):
-    return np.concatenate([np.zeros(prompt, dtype), np.broadcast_to(value, length).astype(dtype)])
-
-  return {
-    "tokens": np.concatenate([completion.prompt_tokens, completion.tokens]).astype(np.int32),
-    "weight": fill(weight, np.float32),
-    "advantage": fill(advantage, np.float32),
-    "behavior_logp": fill(completion.logprobs, np.float32),
-    "version": fill(completion.versions, np.int32),
-  }
-
-
-def length_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-  """Mean and largest completion, shares cut short and without a proof."""
-  lengths = [len(r.completion.tokens) for r in rollouts]
-  return {
-    "length/mean": float(np.mean(lengths)),
-    "length/max": float(np.max(lengths)),
-    "truncation_share": float(np.mean([r.completion.finish_reason == "length" for r in rollouts])),
-    "no_proof_share": float(np.mean([not split_proof(r.completion.text)[1] for r in rollouts])),
-  }
+def lag_metrics(rollouts: Sequence[Rollout], step: int) -> dict[str, float]:
+  """Policy updates between the version that sampled a token and the policy about to be trained."""
+  versions = [r.completion.versions for r in rollouts if len(r.completion.versions)]
+  lag = step - np.concatenate(versions) if versions else np.zeros(1)
+  return {"lag/mean": float(lag.mean()), "lag/max": float(lag.max())}

@@ -9,19 +9,20 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from qed_jax import metrics, prompts, records
+from qed_jax import metrics, prompts, records, sharding
 from qed_jax.chat import Endpoint, HttpChat
 from qed_jax.data import problems, sft, tiny_world
 from qed_jax.data import tokenizer as tokenizers
 from qed_jax.rewards import answer, exact, rubric
 from qed_jax.rollout import policy
-from qed_jax.rollout.engine import Engine, EngineChat, buckets
+from qed_jax.rollout.engine import Engine
+from qed_jax.rollout.engine_chat import EngineChat
 from qed_jax.rollout.experience import Experience
+from qed_jax.rollout.replica import Shapes
 from qed_jax.scaffolds.proof import split_proof
 
 TINY_WORLD = "tiny_world"
 COMPARISON_S = 10.0  # for one final answer against another
-SMALLEST_BUCKET = 64  # shortest padded prompt of a prefill
 
 
 def tokenizer(config, start: policy.Start, root: epath.Path) -> tokenizers.Tokenizer:
@@ -99,8 +100,24 @@ class Rows:
     pass
 
 
+def meshes(config):
+  """The mesh that trains and the one that samples: the same, or with placement "split" the last
+  rollout.sampling_devices of this host's devices for sampling. Raises ValueError, one line."""
+  if config.job == "sft" or config.rollout.placement == "colocated":
+    mesh = sharding.make_mesh(**config.mesh.to_dict())
+    return mesh, mesh
+  devices, number = jax.devices(), config.rollout.sampling_devices
+  if not 0 < number < len(devices):
+    raise ValueError(
+      f"config.rollout.sampling_devices is {number} and this run has {len(devices)} devices: "
+      'placement "split" needs at least one to sample and one to train'
+    )
+  training = sharding.make_mesh(**config.mesh.to_dict(), devices=devices[:-number])
+  return training, sharding.make_mesh(1, -1, config.mesh.tensor, devices=devices[-number:])
+
+
 def stream(config, model, mesh, tokenizer, examples, start, params_layout, root, stopped):
-  """The stream of Batches of config.job."""
+  """The stream of Batches of config.job. mesh: the one that samples."""
   if config.job == "sft":
     return Rows(config, tokenizer, examples, stopped)
   if jax.process_count() > 1:
@@ -125,16 +142,16 @@ def stream(config, model, mesh, tokenizer, examples, start, params_layout, root,
 
 def make_engine(model, mesh, block, tokenizer: tokenizers.Tokenizer) -> Engine:
   """The engine that config.rollout describes."""
+  fields = (field.name for field in dataclasses.fields(Shapes))
   return Engine(
     model,
     mesh=mesh,
-    slots=block.slots,
-    max_length=block.max_length,
-    chunk=block.chunk,
-    prefill_buckets=buckets(min(SMALLEST_BUCKET, block.max_length), block.max_length),
-    prefill_rows=block.prefill_rows,
+    shapes=Shapes(**{name: block[name] for name in fields}),
+    lanes=block.lanes,
+    prefill_budget=block.prefill_budget,
     stop_ids=tokenizer.stop_ids,
     truncated_logp=False,
+    keep_prefixes=block.keep_prefixes,
   )
 
 

@@ -13,20 +13,50 @@ import functools
 import jax
 
 from qed_jax.model import qwen3
-from qed_jax.sharding import WEIGHTS, shardings
+from qed_jax.sharding import WEIGHTS, replica_meshes, shardings, side_by_side
 
 
-def sampler_params(config: qwen3.Qwen3Config, params: dict, mesh) -> dict:
-  """Parameters for the sampler: compute dtype, whole over data and fsdp, split over tensor.
+def by_layer(mesh) -> bool:
+  """Whether parameters for this mesh are arrays of one layer each."""
+  return mesh.devices.flat[0].platform == "cpu"
 
-  On accelerators leaves that need no change are the caller's own arrays, not copies.
+
+def check(config: qwen3.Qwen3Config, params: dict) -> None:
+  """Raises ValueError, one line, when paths or shapes are not those of the model."""
+  expected = qwen3.shapes(config)
+  found = {path: tuple(x.shape) for path, x in qwen3.flatten(params).items()}
+  for path in sorted(expected.keys() | found.keys()):
+    if expected.get(path) != found.get(path):
+      raise ValueError(
+        f"parameter {path} has the shape {found.get(path, 'of nothing: it is missing')}, the "
+        f"engine's model needs {expected.get(path, 'none of that name')}: pass its own parameters"
+      )
+
+
+def sampler_params(config: qwen3.Qwen3Config, params: dict, mesh) -> list[dict]:
+  """Parameters for each replica of `mesh`: compute dtype, split over tensor, otherwise whole.
+
+  One jitted cast and reshard; where the trainer works on other devices, a copy between them. On
+  accelerators leaves that need no change are the caller's own arrays, not copies.
   """
+  replicas = replica_meshes(mesh)
   dims = {path: qwen3.DIMS[path] for path in qwen3.shapes(config)}
   rules = {letter: axes for letter, axes in WEIGHTS.items() if letter != "D"}
-  layout = shardings(rules, mesh, dims, qwen3.shapes(config))
-  params = jax.device_put(_cast(params, config.dtype), qwen3.unflatten(layout))
-  on_cpu = mesh.devices.flat[0].platform == "cpu"
-  return _for_cpu(config, params) if on_cpu else params
+  layout = qwen3.unflatten(shardings(rules, side_by_side(mesh), dims, qwen3.shapes(config)))
+  whole = jax.device_put(_cast(params, config.dtype), layout)
+
+  def part(replica):
+    own = qwen3.unflatten(shardings(rules, replica, dims, qwen3.shapes(config)))
+    devices = set(replica.devices.flat)
+
+    def of_devices(x, sharding):
+      shards = [s.data for s in x.addressable_shards if s.device in devices]
+      return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
+
+    here = jax.tree.map(of_devices, whole, own)
+    return _for_cpu(config, here) if by_layer(replica) else here
+
+  return [part(replica) for replica in replicas]
 
 
 def model_view(config: qwen3.Qwen3Config, params: dict) -> tuple[qwen3.Qwen3Config, dict]:
