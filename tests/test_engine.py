@@ -10,9 +10,9 @@ import pytest
 
 from qed_jax.model import qwen3
 from qed_jax.rollout import sampler
+from qed_jax.rollout.device import Shapes
 from qed_jax.rollout.engine import Engine
 from qed_jax.rollout.engine_chat import EngineChat
-from qed_jax.rollout.replica import Shapes
 from qed_jax.rollout.requests import Request, RequestError
 from qed_jax.sharding import make_mesh
 

@@ -241,41 +241,112 @@ def test_scores_of_32k_tokens_hold_no_array_of_tokens_by_vocabulary(what):
 # --- the cache
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def with_layers(config, params, numbered: bool):
+  """The parameters with layers stacked, or numbered {0: ..., 1: ...}."""
+  if not numbered:
+    return params
+  layers = {
+    i: jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.num_layers)
+  }
+  return params | {"layers": layers}
+
+
+def pages_of(config, rows, length, page, numbered, dtype="float32"):
+  """An empty cache for `rows` sequences, their pages in no order among others."""
+  each = -(-length // page)
+  pages = 1 + rows * each + 2
+  order = 1 + np.random.default_rng(7).permutation(pages - 1)[: rows * each]
+  cache = kv_cache.create(config, pages, page, dtype, by_layer=numbered)
+  return cache, order.reshape(rows, each).astype(np.int32)
+
+
+extend = jax.jit(qwen3.extend, static_argnums=0)
+
+# What one call computes, as (sequence, first position, tokens) a row; padded to the longest.
+SPLITS = {
+  "whole prompts": [[(0, 0, 1), (1, 0, 4), (2, 0, 9)]],
+  "pieces in one call": [[(2, 0, 3), (2, 3, 3), (2, 6, 3)], [(1, 0, 3), (1, 3, 1), (0, 0, 1)]],
+  "pieces over several calls": [[(2, 0, 4), (1, 0, 3)], [(1, 3, 1), (2, 4, 4)], [(0, 0, 1), (2, 8, 1)]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("kv_heads, page", [(4, 20), (2, 4), (1, 3)])
 @pytest.mark.parametrize("numbered", [False, True], ids=["stacked", "numbered layers"])
-def test_prefill_and_decode_equal_the_full_forward(tiny_with, kv_heads, numbered):
-  """Prompts of several lengths padded on the right, then tokens by ones and twos."""
+def test_prefill_and_decode_equal_the_full_forward(tiny_with, kv_heads, page, numbered, split):
+  """Prompts of several lengths, computed whole or in pieces, into shuffled pages whose size divides
+  nothing, then tokens by ones, twos and threes: the logits of the uncached model everywhere."""
   config = tiny_with(num_kv_heads=kv_heads)
   params = random_params(config)
   B, T = 3, 20
   tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (B, T)).astype(np.int32)
   expected_BTV = np.asarray(all_logits(config, params, batch_of(tokens_BT)))
-  lengths_B = np.array([1, 4, 9], np.int32)
-  prompt_BT = np.where(np.arange(9)[None] < lengths_B[:, None], tokens_BT[:, :9], 5)
+  cache, table_BP = pages_of(config, B, T, page, numbered)
+  layered, found_BTV = with_layers(config, params, numbered), {}
 
-  x_BTD, k_LBTKH, v_LBTKH = qwen3.prefill(config, params, prompt_BT)
-  cache = kv_cache.create(config, B, T, jnp.float32)
-  cache = kv_cache.insert(cache, jnp.arange(B), k_LBTKH, v_LBTKH)
-  rows = np.arange(B)
-  found_BTV = {(b, n - 1): qwen3.logits(config, params, x_BTD[b, n - 1]) for b, n in
-               enumerate(lengths_B)}  # fmt: skip
-  layered = params
-  if numbered:
-    layers = {i: jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(2)}
-    layered, cache = params | {"layers": layers}, kv_cache.split(cache)
-  at_B = lengths_B.copy()
+  def call(pieces, cache):
+    width = max(n for _, _, n in pieces)
+    new_RT = np.full((len(pieces), width), 5, np.int32)
+    positions_RT = np.full((len(pieces), width), -1, np.int32)
+    for row, (b, first, n) in enumerate(pieces):
+      new_RT[row, :n] = tokens_BT[b, first : first + n]
+      positions_RT[row, :n] = np.arange(first, first + n)
+    table_RP = table_BP[[b for b, _, _ in pieces]]
+    on_pages = kv_cache.with_table(cache, table_RP)
+    x_RTD, cache = extend(config, layered, new_RT, positions_RT, on_pages)
+    logits_RTV = np.asarray(qwen3.logits(config, params, x_RTD))
+    for row, (b, first, n) in enumerate(pieces):
+      found_BTV.update({(b, first + i): logits_RTV[row, i] for i in range(n)})
+    return kv_cache.with_table(cache, None)
+
+  for pieces in SPLITS[split]:
+    cache = call(pieces, cache)
+  at_B = [1, 4, 9]
   for width in (1, 2, 1, 3, 2, 1, 1):
-    positions_BT = at_B[:, None] + np.arange(width, dtype=np.int32)
-    new_BT = tokens_BT[rows[:, None], positions_BT]
-    x_BTD, cache = qwen3.decode(config, layered, new_BT, positions_BT, cache)
-    for b in rows:
-      for i in range(width):
-        found_BTV[b, int(at_B[b]) + i] = qwen3.logits(config, params, x_BTD[b, i])
-    at_B += width
-  assert len(found_BTV) == B * 12
+    cache = call([(b, at_B[b], width) for b in range(B)], cache)
+    at_B = [at + width for at in at_B]
+  assert sorted(found_BTV) == [(b, t) for b in range(B) for t in range(at_B[b])]
   for (b, t), logits_V in found_BTV.items():
     np.testing.assert_allclose(logits_V, expected_BTV[b, t], atol=2e-5, err_msg=f"row {b} at {t}")
   assert np.abs(expected_BTV).max() > 1
+
+
+@pytest.mark.parametrize("numbered", [False, True], ids=["stacked", "numbered layers"])
+def test_a_shared_prefix_is_computed_once(tiny_with, numbered):
+  """Two tables that begin with the same pages: each sequence goes on as if it had computed them."""
+  config = tiny_with()
+  params = random_params(config)
+  rng = np.random.default_rng(3)
+  common, ends_BT = rng.integers(0, 64, 8), rng.integers(0, 64, (2, 5))
+  tokens_BT = np.concatenate([np.tile(common, (2, 1)), ends_BT], axis=1).astype(np.int32)
+  expected_BTV = np.asarray(all_logits(config, params, batch_of(tokens_BT)))
+  layered = with_layers(config, params, numbered)
+  cache = kv_cache.create(config, 9, 4, "float32", by_layer=numbered)
+  table_BP = np.array([[6, 2, 5, 1], [6, 2, 8, 3]], np.int32)
+  step_1T = np.arange(13, dtype=np.int32)[None]
+  on_pages = kv_cache.with_table(cache, table_BP[:1])
+  _, cache = extend(config, layered, tokens_BT[:1, :8], step_1T[:, :8], on_pages)
+  positions_BT = np.tile(step_1T[:, 8:], (2, 1))
+  on_pages = kv_cache.with_table(cache, table_BP)
+  x_BTD, _ = extend(config, layered, tokens_BT[:, 8:], positions_BT, on_pages)
+  found_BTV = qwen3.logits(config, params, x_BTD)
+  np.testing.assert_allclose(found_BTV, expected_BTV[:, 8:], atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype, near", [("bfloat16", 0.05), ("int8", 0.1)])
+def test_rounded_pages_stay_near_the_full_forward(tiny_with, dtype, near):
+  """Log-probabilities over keys and values in half or a quarter of the bytes: close, not equal."""
+  config = tiny_with()
+  params = qwen3.init_params(config, jax.random.key(0), jnp.float32)
+  params["embed_tokens"] = params["embed_tokens"] * 10
+  tokens_BT = np.random.default_rng(0).integers(0, 64, (2, 24)).astype(np.int32)
+  exact_BTV = jax.nn.log_softmax(all_logits(config, params, batch_of(tokens_BT)))
+  cache, table_BP = pages_of(config, 2, 24, 5, numbered=False, dtype=dtype)
+  positions_BT = np.tile(np.arange(24, dtype=np.int32), (2, 1))
+  on_pages = kv_cache.with_table(cache, table_BP)
+  x_BTD, _ = extend(config, params, tokens_BT, positions_BT, on_pages)
+  rounded_BTV = jax.nn.log_softmax(qwen3.logits(config, params, x_BTD))
+  assert 0 < np.abs(rounded_BTV - exact_BTV).max() < near
 
 
 # --- how it is computed

@@ -145,8 +145,8 @@ def our_work(inputs: dict) -> dict:
   from qed_jax import host_memory
   from qed_jax.model import qwen3
   from qed_jax.records import Batch
+  from qed_jax.rollout.device import Shapes
   from qed_jax.rollout.engine import Engine, Request
-  from qed_jax.rollout.replica import Shapes
   from qed_jax.sharding import make_mesh
 
   host_memory.share_one_arena()  # as the programs do

@@ -27,7 +27,7 @@ from qed_jax.model import flops, presets, qwen3  # noqa: E402
 from qed_jax.model.attention import xla_attention  # noqa: E402
 from qed_jax.records import Batch  # noqa: E402
 from qed_jax.rollout import engine as engines  # noqa: E402
-from qed_jax.rollout.replica import Shapes  # noqa: E402
+from qed_jax.rollout.device import Shapes  # noqa: E402
 
 TOLERANCE_LOGITS, TOLERANCE_LOGP = 2e-4, 1e-4
 HOW = {"dtype": "bfloat16", "remat": "layer", "attention": "auto"}

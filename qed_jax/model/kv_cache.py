@@ -118,7 +118,7 @@ def read(kv_cache: KVCache, layer, dtype) -> tuple[Any, Any]:
   table_BP = kv_cache.table_BP
   if table_BP is None:
     own = lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)  # noqa: E731
-    return own(kv_cache.k_LPKSH), own(kv_cache.v_LPKSH)
+    return own(kv_cache.k_LPKSH).astype(dtype), own(kv_cache.v_LPKSH).astype(dtype)
   B, P = table_BP.shape
 
   def side_by_side(x_LPKSH, scale_LPKS):

@@ -14,7 +14,8 @@ from qed_jax import sharding
 from qed_jax.model.qwen3 import Qwen3Config
 from qed_jax.records import Completion
 from qed_jax.rollout import weights
-from qed_jax.rollout.replica import Counters, Replica, Shapes
+from qed_jax.rollout.device import Shapes
+from qed_jax.rollout.replica import Counters, Replica
 from qed_jax.rollout.requests import Piece, Request, RequestError, Running, check
 
 # A slot's company costs an attempt about as much time as the prefill of so many tokens does: what
@@ -92,7 +93,7 @@ class Engine:
     """Compiles every program that requests can need; without it the first ones wait for that."""
     self._need_params()
     for replica in self.replicas:
-      replica.warm_up()
+      replica.device.warm_up()
 
   def submit(self, request: Request, on_piece: Callable[[Piece], None] | None = None) -> int:
     """Queues an attempt -> its ticket. Raises RequestError, one line, when it cannot serve it.

@@ -15,10 +15,10 @@ from qed_jax.data import problems, sft, tiny_world
 from qed_jax.data import tokenizer as tokenizers
 from qed_jax.rewards import answer, exact, rubric
 from qed_jax.rollout import policy
+from qed_jax.rollout.device import Shapes
 from qed_jax.rollout.engine import Engine
 from qed_jax.rollout.engine_chat import EngineChat
 from qed_jax.rollout.experience import Experience
-from qed_jax.rollout.replica import Shapes
 from qed_jax.scaffolds.proof import split_proof
 
 TINY_WORLD = "tiny_world"

@@ -12,57 +12,11 @@ import dataclasses
 import jax
 import numpy as np
 
-from qed_jax import sharding
 from qed_jax.model.qwen3 import Qwen3Config
-from qed_jax.rollout import sampler, sampling
+from qed_jax.rollout import sampler
+from qed_jax.rollout.device import Device, Shapes
 from qed_jax.rollout.pages import NOBODY, Match, Pages, PrefixIndex
 from qed_jax.rollout.requests import Piece, RequestError, Running
-
-
-@dataclasses.dataclass(frozen=True)
-class Shapes:
-  """The static shapes of a replica.
-
-  slots: attempts that run at once. max_length: prompt + new tokens of an attempt. page: tokens of a
-  page. pages: how many, 0 for as many as the slots can need. chunk: most tokens a slot samples per
-  host call. prefill_rows, prefill_tokens: one prefill computes up to rows pieces of so many tokens.
-  kv_dtype: of the pages; "" for the compute dtype, "int8" for a byte and a scale a head.
-  """
-
-  slots: int
-  max_length: int
-  page: int
-  pages: int
-  chunk: int
-  prefill_rows: int
-  prefill_tokens: int
-  kv_dtype: str
-
-  def pages_for(self, tokens: int) -> int:
-    return -(-tokens // self.page)
-
-  @property
-  def pool(self) -> int:
-    """Pages on the device, nobody's among them."""
-    # One attempt of the largest length must always fit, and the page that it copies from.
-    longest = self.pages_for(self.max_length)
-    return 1 + max(longest + 1, self.pages or self.slots * longest)
-
-  @property
-  def widths(self) -> tuple[int, ...]:
-    """Pages of a table, ascending: powers of two, so that few programs serve all lengths."""
-    longest = self.pages_for(self.max_length)
-    smallest = min(longest, max(self.pages_for(2 * self.chunk), SMALLEST_WIDTH))
-    widths = [smallest]
-    while widths[-1] < longest:
-      widths.append(min(2 * widths[-1], longest))
-    return tuple(widths)
-
-  def width(self, pages: int) -> int:
-    return next(w for w in self.widths if pages <= w)
-
-
-SMALLEST_WIDTH = 8
 
 
 @dataclasses.dataclass
@@ -108,23 +62,14 @@ class Replica:
     truncated_logp: bool,
     by_layer: bool,
   ):
-    self.config, self.mesh, self.shapes = config, mesh, shapes
-    self.stop_ids, self.truncated_logp = stop_ids, truncated_logp
+    self.shapes, self.stop_ids = shapes, stop_ids
+    self.device = Device(config, mesh, shapes, truncated_logp=truncated_logp, by_layer=by_layer)
     self.pages = Pages(shapes.pool)
     self.index = PrefixIndex(self.pages, shapes.page)
     self.counters = Counters()
     self.running: dict[int, Running] = {}  # by slot
     self.preempted: list[Running] = []  # to be queued again
-    self._params, self._version, self._epoch = None, 0, 0
-    self._state = sampler.create_state(
-      config,
-      shapes.slots,
-      shapes.pool,
-      shapes.page,
-      shapes.kv_dtype or config.dtype,
-      by_layer,
-      mesh,
-    )
+    self._version, self._epoch = 0, 0
     self._in_flight: collections.deque[InFlight] = collections.deque()
     self._to_copy: list[tuple[int, int]] = []  # (from, to); the first is held until it is copied
     self._ended: list[tuple[Running, RequestError | None]] = []
@@ -165,7 +110,7 @@ class Replica:
 
   def set_params(self, params: dict, version: int, keep_prefixes: bool) -> None:
     """Parameters in the sampler's layout, from the next dispatch on."""
-    self._params, self._version = params, version
+    self.device.params, self._version = params, version
     if not keep_prefixes:
       self.index.clear()
       self._epoch += 1
@@ -223,14 +168,7 @@ class Replica:
       held = running.pages[: table_RP.shape[1]]
       table_RP[row, : len(held)] = held
       self.counters.recomputed_tokens += int(count_R[row]) if running.pieces else 0
-    with jax.set_mesh(self.mesh):
-      kv_cache = sampler.prefill(
-        self.config,
-        self._params,
-        self._state.kv_cache,
-        *self._place((tokens_RT, first_R, count_R, table_RP)),
-      )
-    self._state = dataclasses.replace(self._state, kv_cache=kv_cache)
+    self.device.prefill(tokens_RT, first_R, count_R, table_RP)
     for running in dict.fromkeys(rows):
       self._remember_prefix(running, running.computed)
     self.counters.prefilled_tokens += int(count_R.sum())
@@ -246,14 +184,9 @@ class Replica:
     self._vacated.clear()
     if not ready and not vacated:
       return
-    with jax.set_mesh(self.mesh):
-      self._state = sampler.admit(self._state, self._place(self._attempts(ready, vacated)))
-      for running in ready:
-        running.decoding = True
-        if running.remembers:
-          V = self.config.vocab_size
-          row = self._place((np.int32(running.slot), running.counts(V), running.bias(V)))
-          self._state = sampler.recall(self._state, *row)
+    self.device.admit(ready, vacated, self.stop_ids)
+    for running in ready:
+      running.decoding = True
 
   def dispatch(self, waiting: int) -> bool:
     """Dispatches a chunk of decoding, if a slot can use it. waiting: attempts in the queue."""
@@ -273,15 +206,7 @@ class Replica:
     # With work in the queue, come back as soon as enough slots are free to be worth a prefill.
     worth = max(1, min(shapes.prefill_rows, shapes.slots // 16))
     fewest = max(1, len(going) - worth + 1) if waiting else 1
-    with jax.set_mesh(self.mesh):
-      self._state, chunk = sampler.decode(
-        self.config,
-        self._params,
-        self._state,
-        *self._place((table_BP, np.int32(fewest))),
-        chunk=shapes.chunk,
-        truncated_logp=self.truncated_logp,
-      )
+    chunk = self.device.decode(table_BP, fewest)
     for running in going:
       running.bound = self._reach(running)
     self.counters.peak_pages = max(self.counters.peak_pages, self.held_pages)
@@ -293,36 +218,6 @@ class Replica:
     self._read_all(leave)
     ended, self._ended = self._ended, []
     return ended
-
-  def warm_up(self) -> None:
-    """Runs every program once on nothing: compiles what requests can need."""
-    shapes, R, B = self.shapes, self.shapes.prefill_rows, self.shapes.slots
-    nothing, past = np.zeros(R, np.int32), np.full(R, shapes.pool, np.int32)
-    with jax.set_mesh(self.mesh):
-      for width in shapes.widths:
-        tokens_RT = np.zeros((R, shapes.prefill_tokens), np.int32)
-        table_RP, table_BP = np.zeros((R, width), np.int32), np.zeros((B, width), np.int32)
-        kv_cache = sampler.prefill(
-          self.config,
-          self._params,
-          self._state.kv_cache,
-          *self._place((tokens_RT, nothing, nothing, table_RP)),
-        )
-        self._state = dataclasses.replace(self._state, kv_cache=kv_cache)
-        self._state, _ = sampler.decode(
-          self.config,
-          self._params,
-          self._state,
-          *self._place((table_BP, np.int32(B + 1))),
-          chunk=shapes.chunk,
-          truncated_logp=self.truncated_logp,
-        )
-      kv_cache = sampler.copy_pages(self._state.kv_cache, *self._place((nothing, past)))
-      self._state = dataclasses.replace(self._state, kv_cache=kv_cache)
-      self._state = sampler.admit(self._state, self._place(self._attempts([], [])))
-      V = self.config.vocab_size
-      row = (np.int32(0), np.zeros(V, np.int32), np.zeros(V, np.float32))
-      self._state = sampler.recall(self._state, *self._place(row))
 
   # --- pages ---------------------------------------------------------------------------------
 
@@ -381,12 +276,7 @@ class Replica:
     R = self.shapes.prefill_rows
     while self._to_copy:
       now, self._to_copy = self._to_copy[:R], self._to_copy[R:]
-      source_R, target_R = np.zeros(R, np.int32), np.full(R, self.shapes.pool, np.int32)
-      source_R[: len(now)], target_R[: len(now)] = zip(*now, strict=True)
-      with jax.set_mesh(self.mesh):
-        placed = self._place((source_R, target_R))
-        kv_cache = sampler.copy_pages(self._state.kv_cache, *placed)
-      self._state = dataclasses.replace(self._state, kv_cache=kv_cache)
+      self.device.copy_pages(now)
       self.pages.release([source for source, _ in now])
       self.counters.copied_pages += len(now)
 
@@ -426,36 +316,3 @@ class Replica:
       else:
         ahead = sum(running in later.attempts for later in self._in_flight)
         running.bound = min(running.known + ahead * self.shapes.chunk, running.limit)
-
-  def _attempts(self, ready: list[Running], vacated: list[int]) -> sampler.Attempts:
-    """Rows for the device: attempts to start, and slots to stop."""
-    B = self.shapes.slots
-    ints = lambda fill: np.full(B, fill, np.int32)  # noqa: E731
-    words = lambda: np.zeros(B, np.uint32)  # noqa: E731
-    controls = sampling.neutral(B)
-    controls.temperature_B[:] = 0  # greedy slots draw no noise: what is nobody's costs nothing
-    stop_BS = np.full((B, sampler.MAX_STOP_IDS), sampler.NO_TOKEN, np.int32)
-    a = sampler.Attempts(
-      ints(B), ints(0), ints(0), ints(0), words(), words(), words(), stop_BS, controls
-    )
-    for i, running in enumerate(ready):
-      request = running.request
-      a.slot_B[i] = running.slot
-      a.token_B[i], a.position_B[i] = running.context[-1], running.known - 1
-      a.remaining_B[i] = running.limit - running.known
-      a.seed_B[i], a.attempt_B[i] = request.seed % 2**32, request.attempt % 2**32
-      a.prompt_id_B[i] = running.prompt_id
-      stop_ids = (*self.stop_ids, *request.stop_ids)
-      stop_BS[i, : len(stop_ids)] = stop_ids
-      controls.temperature_B[i], controls.top_k_B[i] = request.temperature, request.top_k
-      controls.top_p_B[i], controls.min_p_B[i] = request.top_p, request.min_p
-      controls.repetition_B[i] = request.repetition_penalty
-      controls.presence_B[i] = request.presence_penalty
-      controls.frequency_B[i] = request.frequency_penalty
-      controls.biased_B[i] = bool(request.logit_bias)
-      controls.top_logprobs_B[i] = request.top_logprobs > 0
-    a.slot_B[len(ready) : len(ready) + len(vacated)] = vacated
-    return a
-
-  def _place(self, tree):
-    return sharding.replicate(self.mesh, tree)
