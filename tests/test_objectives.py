@@ -340,6 +340,18 @@ def test_on_policy_tokens_have_full_effective_sample_size():
   assert means["kl_behavior"] == means["kl_behavior_k3"] == means["clip_share"] == 0
 
 
+def test_effective_sample_size_by_lag():
+  """(sum rho)^2 / (n sum rho^2) of the trained tokens of each lag; the last bucket is open."""
+  ratio, lag = [1.0, 3.0, 2.0, 0.5, 7.0], [0, 0, 2, 9, 1]
+  logp_BT, entropy_BT, batch = five_tokens(ratio, [1.0] * 5, [1.0, 1.0, 1.0, 1.0, 0.0])
+  batch = dataclasses.replace(batch, lag_BT=jnp.asarray([lag], jnp.int32))
+  values = objectives.finalise(policy_loss(QED_NANO)(logp_BT, entropy_BT, batch)[1])
+  assert values["ess_lag_0"] == pytest.approx((1 + 3) ** 2 / (2 * (1 + 9)))
+  assert values["ess_lag_2"] == values["ess_lag_3"] == pytest.approx(1)
+  assert [values[f"share_lag_{i}"] for i in range(4)] == pytest.approx([0.5, 0, 0.25, 0.25])
+  assert "ess_lag_1" not in values and not any("ratio_sq" in name for name in values)
+
+
 def test_finalise_leaves_out_a_mean_over_nothing():
   """A batch without trained tokens has no mean ratio; it is not reported as 0."""
   logp_BT, entropy_BT, batch = random_batch()

@@ -23,7 +23,7 @@ def make_examples(lengths):
       "weight": rng.random(n),
       "advantage": rng.normal(size=n),
       "behavior_logp": rng.normal(size=n),
-      "version": rng.integers(0, 5, n),
+      "lag": rng.integers(0, 5, n),
     }
     for n in lengths
   ]
@@ -108,7 +108,7 @@ def test_rows_come_in_few_counts():
     (lambda e: e[1].update({k: np.ones(ROW + 1) for k in e[1]}), "example 1 has 17 tokens"),
     (lambda e: e[1].update({k: np.ones(0) for k in e[1]}), "example 1 is empty"),
     (lambda e: e[1].update(weight=np.ones(2)), "example 1 has arrays of different shapes"),
-    (lambda e: e[1].pop("version"), "example 1 has keys"),
+    (lambda e: e[1].pop("lag"), "example 1 has keys"),
     (lambda e: [x.update(reward=np.ones(3)) for x in e], "'reward' is unknown or missing"),
     (lambda e: [x.pop("weight") for x in e], "'weight' is unknown or missing"),
     (lambda e: e.clear(), "nothing to pack"),
