@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from qed_jax import sharding  # noqa: E402
-from qed_jax.model import flops, presets, qwen3  # noqa: E402
+from qed_jax.model import flops, kv_cache, presets, qwen3  # noqa: E402
 from qed_jax.model.attention import xla_attention  # noqa: E402
 from qed_jax.records import Batch  # noqa: E402
 from qed_jax.rollout import engine as engines  # noqa: E402
@@ -206,32 +206,41 @@ def train_step(preset: str, rows: int, length: int) -> dict:
   }
 
 
-def decode_steps(preset: str, batches: list[int], context: int, mesh, copy_tb_s: float) -> dict:
-  """Milliseconds a decode step with `context` tokens in every slot, and the share of the roofline:
-  weights and live cache read once at the copy bandwidth measured here."""
+def decode_steps(preset: str, work: list[str], mesh, copy_tb_s: float) -> dict:
+  """Milliseconds a decode step with `context` tokens in each of `slots` slots, and the share of the
+  roofline: weights and live cache read once at the copy bandwidth measured here. No two prompts
+  share a page."""
   model = dataclasses.replace(presets.from_preset(preset, **HOW), remat="none")
   params = qwen3.init_params(model, jax.random.key(0), jnp.bfloat16)
   weight_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
-  values = {}
-  for slots in batches:
-    engine = engines.Engine(
-      model, mesh=mesh, shapes=shapes(slots=slots, max_length=context + 256), **ENGINE
-    )
-    engine.set_params(params, 0)
-    prompt = np.random.default_rng(0).integers(0, model.vocab_size, context).tolist()
-    for attempt in range(slots):
-      engine.submit(engines.Request(prompt, 0, attempt, 200, 1.0))
-    engine.step()  # prefill, compile, first chunk
-    before = engine.counters.decode_steps
-    began = time.perf_counter()
-    engine.step()
-    took = (time.perf_counter() - began) / (engine.counters.decode_steps - before)
-    cache_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 2 * slots * context
-    floor = (weight_bytes + cache_bytes) / (copy_tb_s * 1e12)
+  rng, values = np.random.default_rng(0), {}
+  for slots, context in (map(int, item.split("x")) for item in work):
     name = f"decode_{preset}_b{slots}_ctx{context}"
+    try:
+      engine = engines.Engine(
+        model, mesh=mesh, shapes=shapes(slots=slots, max_length=context + 512), **ENGINE
+      )
+      engine.set_params(params, 0)
+      for attempt in range(slots):
+        prompt = rng.integers(0, model.vocab_size, context).tolist()
+        engine.submit(engines.Request(prompt, 0, attempt, 500, 1.0))
+      began = time.perf_counter()
+      while not engine.counters.sampled_tokens:  # prefill, compilation, the first chunk
+        engine.step()
+      values[f"{name}_first_token_s"] = time.perf_counter() - began
+      before, began = engine.counters.decode_steps, time.perf_counter()
+      for _ in range(4):
+        engine.step()
+      took = (time.perf_counter() - began) / (engine.counters.decode_steps - before)
+    except Exception as error:  # a cache that a chip cannot hold must not hide the others
+      values[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+      continue
+    finally:
+      engine = None
+    live = slots * context * kv_cache.bytes_per_token(model, model.dtype)
+    floor = (weight_bytes + live) / (copy_tb_s * 1e12)
     values |= {f"{name}_ms": 1e3 * took, f"{name}_tokens_per_s": slots / took}
     values[f"{name}_share_of_roofline"] = floor / took
-    del engine
   return values
 
 
@@ -243,8 +252,12 @@ def main() -> int:
   parser.add_argument("--rows", type=int, default=2)
   parser.add_argument("--length", type=int, default=8192)
   parser.add_argument("--decode", default="qwen3-4b", help="preset of the decode step")
-  parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
-  parser.add_argument("--context", type=int, default=2048)
+  parser.add_argument(
+    "--work",
+    nargs="+",
+    default=["1x4096", "16x4096", "64x4096", "16x32768"],
+    help="slots x context tokens of the decode steps",
+  )
   args = parser.parse_args()
   device = jax.devices()[0]
   if device.platform != "gpu":
@@ -258,7 +271,7 @@ def main() -> int:
     ("attention", lambda: attention_times(4096) | attention_times(16_384)),
     ("train", lambda: train_step(args.train, args.rows, args.length)),
     ("decode", lambda: decode_steps(
-      args.decode, args.batches, args.context, mesh, found.get("copy_tb_s", 3.0))),
+      args.decode, args.work, mesh, found.get("copy_tb_s", 3.0))),
   ]  # fmt: skip
   failed = []
   for name, step in steps:
