@@ -58,9 +58,11 @@ def mistakes(words: list[str]) -> list[str]:
   if not path.is_file():
     return [f"{path.relative_to(ROOT)} is not there"]
   flags = dict((w.split("=", 1) + [""])[:2] for w in words if w.startswith("--"))
+  source = path.read_text()
+  own = set(re.findall(r'"(--[\w-]+)"', source))
+  own |= {f"--{name}" for name in re.findall(r'DEFINE_\w+\("(\w+)"', source)}
   if "--config" not in flags or path.parent.name == "tools":
-    source = path.read_text()
-    return [f"{path.name} has no {flag}" for flag in flags if f'"{flag}"' not in source]
+    return [f"{path.name} has no {flag}" for flag in flags if flag not in own]
   file, _, variant = flags["--config"].partition(":")
   if not (ROOT / file).is_file():
     return [f"{file} is not there"]
@@ -68,7 +70,7 @@ def mistakes(words: list[str]) -> list[str]:
     config = importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config(variant)
   except ValueError as error:
     return [str(error)]
-  known = {f"--config.{f}" for f in fields_of(config)} | {"--config", "--workdir"}
+  known = {f"--config.{f}" for f in fields_of(config)} | {"--config", "--workdir"} | own
   return [f"{file} has no {flag}" for flag in flags if flag not in known]
 
 

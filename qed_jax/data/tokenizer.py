@@ -67,6 +67,10 @@ class Tokenizer(abc.ABC):
     """Text of ids, think tags kept; stop tokens, padding and chat markers are left out."""
 
   @abc.abstractmethod
+  def piece(self, token: int) -> str:
+    """A token as the vocabulary's file writes it; "" where there is none of that number."""
+
+  @abc.abstractmethod
   def chat(self, messages: Sequence[Message], thinking: bool = True) -> list[int]:
     """Prompt ids of a conversation, with the generation prompt of the assistant's next turn.
 
@@ -171,6 +175,9 @@ class HuggingFaceTokenizer(Tokenizer):
       kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
 
+  def piece(self, token: int) -> str:
+    return self._tokenizer.convert_ids_to_tokens(token) or ""
+
   def chat(self, messages: Sequence[Message], thinking: bool = True) -> list[int]:
     _check(messages)
     mark = _unused_character([m["content"] for m in messages])
@@ -224,6 +231,9 @@ class SentencePieceTokenizer(Tokenizer):
       self._model.id_to_piece(int(i)) for i in ids if int(i) < size and int(i) not in dropped
     ]
     return " ".join(word.removeprefix("\u2581") for word in words)
+
+  def piece(self, token: int) -> str:
+    return self._model.id_to_piece(token) if token < self._model.get_piece_size() else ""
 
   def chat(self, messages: Sequence[Message], thinking: bool = True) -> list[int]:
     _check(messages)
