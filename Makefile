@@ -21,12 +21,12 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check $(PINS) --ed
 BASE = $(VENV)/.base-$(VERSION)
 FULL = $(VENV)/.full-$(VERSION)
 
-.PHONY: help setup test test-quick test-slow demo lint format clean check-python
+.PHONY: help setup test test-slow demo lint format clean check-python
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo        train SFT -> rubric RL -> cache RL on the tiny world, evaluate, write $(DEMO)/report.html'
-	@echo 'make test        every test (test-quick leaves out the slow ones, test-slow runs only those)'
+	@echo 'make test        the tests, but for the slow ones, which make test-slow runs'
 	@echo 'make lint        ruff: format and lint (make format rewrites)'
 	@echo 'make setup       only the set-up, $(VENV)'
 	@echo 'make clean       remove the environments, the caches and $(DEMO)'
@@ -50,9 +50,6 @@ $(FULL): $(BASE)
 setup: $(FULL)
 
 test: $(FULL)
-	$(RUN) -m pytest
-
-test-quick: $(FULL)
 	$(RUN) -m pytest -m 'not slow'
 
 test-slow: $(FULL)

@@ -7,8 +7,8 @@ The published recipe: FineProofs-RL (5,227 problems with 0-7 rubrics), 64 prompt
 1,024 rollouts a step, 150 steps, at most 49,152 new tokens at T = 0.8, judge gpt-oss-20b (medium
 effort, T = 1), constant lr 1e-6, AdamW, weight decay 0.01, PPO surrogate with epsilon 4 (only a
 ratio over 5 with A > 0 is clipped), A = r - mean of the group, token sum / rollouts, entropy 1e-4,
-no KL, tokens at most 5 updates old. 96 H100, 4 days. The clip norm 0.3 of the release acted on a gradient divided by 64
-(qed_nano.md 3.5), that is 19.2 in the units of this loss.
+no KL, tokens at most 5 updates old. 96 H100, 4 days. The clip norm 0.3 of the release acted on a
+gradient divided by 64 (qed_nano.md 3.5), that is 19.2 in the units of this loss.
 
 Variants: `:tiny` the tiny world; `:colab` one 16 GB TPU chip, 0.6B; `:gpu` one H200.
 """

@@ -16,9 +16,9 @@ from qed_jax import host_memory
 POSITIVE = {
   "lr", "steps", "row_length", "rows", "problems", "attempts", "turns", "states", "slots",
   "max_tokens", "score_chunk", "every", "keep", "clip_norm", "eps", "max_length", "chunk",
-  "page", "lanes", "prefill_rows", "prefill_tokens", "prefill_budget", "max_skipped_steps", "deadline_s", "concurrency", "samples_per_problem",
-  "retries", "timeout_s", "problems_at_once", "choices", "prompt_tokens", "body_bytes", "body_s",
-  "step_s",
+  "page", "lanes", "prefill_rows", "prefill_tokens", "prefill_budget", "max_skipped_steps",
+  "deadline_s", "concurrency", "samples_per_problem", "retries", "timeout_s", "problems_at_once",
+  "choices", "prompt_tokens", "body_bytes", "body_s", "step_s",
 }  # fmt: skip
 CHOICES = {
   "job": ("sft", "rl", "cache_rl"),
