@@ -1,75 +1,38 @@
 """The engine over its slots: what it returns depends on the request alone, and nothing is lost."""
 
-import asyncio
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engines import (
+  CROWDED,
+  SHAPES,
+  STOP,
+  VOCAB,
+  alone,
+  assert_nothing_is_left,
+  assert_pages_add_up,
+  drain,
+  make_engine,
+  near_ties,
+  ragged_requests,
+  same,
+)
 
 from qed_jax.model import qwen3
-from qed_jax.rollout import sampler
-from qed_jax.rollout.device import Shapes
-from qed_jax.rollout.engine import Engine
-from qed_jax.rollout.engine_chat import EngineChat
+from qed_jax.records import Batch
 from qed_jax.rollout.requests import Request, RequestError
-from qed_jax.sharding import make_mesh
-
-STOP = 3
 
 
-SHAPES = {
-  "slots": 4,
-  "max_length": 40,
-  "page": 8,
-  "pages": 0,
-  "chunk": 8,
-  "prefill_rows": 2,
-  "prefill_tokens": 16,
-  "kv_dtype": "",
-}
-OTHERS = {
-  "lanes": 1,
-  "prefill_budget": 64,
-  "stop_ids": (STOP,),
-  "truncated_logp": False,
-  "keep_prefixes": False,
-}
+@pytest.fixture(scope="module")
+def engine(tiny):
+  """One for the tests that leave it as they found it."""
+  return make_engine(tiny)
 
 
-def make_engine(tiny, *, version=1, mesh=None, **changes):
-  config, params = tiny
-  engine = Engine(
-    config,
-    mesh=mesh or make_mesh(1, 1, 1, jax.devices()[:1]),
-    shapes=Shapes(**{name: changes.get(name, value) for name, value in SHAPES.items()}),
-    **{name: changes.get(name, value) for name, value in OTHERS.items()},
-  )
-  if version is not None:
-    engine.set_params(params, version)
-  return engine
-
-
-def ragged_requests(count, seed=0, **changes):
-  """Prompts of 1 to 17 tokens, limits of 1 to 20, greedy, plain, top-k and top-p rows."""
-  rng = np.random.default_rng(seed)
-  kinds = [(1.0, 1.0, 0), (0.0, 1.0, 0), (0.8, 1.0, 7), (1.2, 0.7, 0), (0.9, 0.8, 5)]
-  requests = []
-  for i in range(count):
-    prompt = tuple(rng.integers(0, 64, rng.integers(1, 18)).tolist())
-    temperature, top_p, top_k = kinds[i % len(kinds)]
-    given = {"seed": 5, "attempt": i % 3, "max_tokens": int(rng.integers(1, 21))}
-    requests.append(Request(prompt, temperature=temperature, top_p=top_p, top_k=top_k, **given))
-  return [dataclasses.replace(r, **changes) for r in requests]
-
-
-def same(one, other):
-  """Equal tokens, finish and, bit for bit, log-probs."""
-  np.testing.assert_array_equal(one.tokens, other.tokens)
-  np.testing.assert_array_equal(one.logprobs, other.logprobs)
-  assert one.finish_reason == other.finish_reason
-  return True
+# --- what comes out
 
 
 def test_completions_come_in_the_order_of_requests_and_are_whole(tiny):
@@ -94,38 +57,6 @@ def test_completions_come_in_the_order_of_requests_and_are_whole(tiny):
   assert engine.unfinished == 0
 
 
-def test_order_and_neighbours_do_not_matter(tiny):
-  """Shuffled, or one at a time: bit for bit the same, within one compiled shape."""
-  requests = ragged_requests(11)
-  completions = make_engine(tiny).generate(requests)
-  order = np.random.default_rng(1).permutation(11)
-  shuffled = make_engine(tiny).generate([requests[i] for i in order])
-  assert all(same(shuffled[j], completions[i]) for j, i in enumerate(order))
-  alone = make_engine(tiny)
-  assert all(same(alone.generate([requests[i]])[0], completions[i]) for i in (0, 3, 7))
-
-
-@pytest.mark.parametrize(
-  "changes",
-  [
-    {"slots": 7, "chunk": 3},
-    {"prefill_rows": 3},
-    {"prefill_tokens": 4},
-    {"page": 3},
-    {"lanes": 2},
-    {"pages": 9, "lanes": 1},
-  ],
-)
-def test_other_shapes_give_the_same_tokens(tiny, changes):
-  """Slots, chunk and rows of a prefill change round-off only; near-ties would be counted here."""
-  requests = ragged_requests(11)
-  completions = make_engine(tiny).generate(requests)
-  others = make_engine(tiny, **changes).generate(requests)
-  for one, other in zip(completions, others, strict=True):
-    np.testing.assert_array_equal(one.tokens, other.tokens)
-    np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
-
-
 def test_attempts_of_a_prompt_differ_and_share_its_prefill(tiny):
   """Four attempts are four texts; their prompt is computed once."""
   prompt = (4, 8, 15, 16, 23, 42)
@@ -139,37 +70,6 @@ def test_attempts_of_a_prompt_differ_and_share_its_prefill(tiny):
   assert not set(texts) & {tuple(c.tokens.tolist()) for c in engine.generate(changed_seed)}
 
 
-BAD = {
-  "the prompt is empty": {"prompt_tokens": ()},
-  "the prompt has 40 tokens, this engine takes 39": {"prompt_tokens": (1,) * 40},
-  "prompt token 64 is not in the vocabulary": {"prompt_tokens": (1, 64)},
-  "prompt token -1 is not in the vocabulary": {"prompt_tokens": (-1, 2)},
-  "max_tokens is 0": {"max_tokens": 0},
-  "temperature is nan": {"temperature": float("nan")},
-  "temperature is -1": {"temperature": -1},
-  "top_p is 0": {"top_p": 0},
-  "top_p is 1.5": {"top_p": 1.5},
-  "top_k is 1000": {"top_k": 1000},
-}
-
-
-def test_a_bad_request_fails_alone(tiny):
-  """One line for each bad request in its place; the good ones are as without them."""
-  good = ragged_requests(4)
-  bad = [dataclasses.replace(good[0], **change) for change in BAD.values()]
-  mixed = [good[0], *bad, *good[1:]]
-  engine = make_engine(tiny)
-  results = engine.generate(mixed)
-  for message, result in zip(BAD, results[1 : 1 + len(bad)], strict=True):
-    assert isinstance(result, RequestError)
-    assert message in str(result)
-    assert "\n" not in str(result)
-  kept = [results[0], *results[1 + len(bad) :]]
-  assert all(same(a, b) for a, b in zip(kept, engine.generate(good), strict=True))
-  with pytest.raises(RequestError, match="max_tokens is 0"):
-    engine.submit(dataclasses.replace(good[0], max_tokens=0))
-
-
 def test_max_length_bounds_prompt_and_new_tokens(tiny):
   """A limit beyond the cache is cut to it: finish is "length", nothing is written past the end."""
   prompt = tuple(range(4, 20))
@@ -180,6 +80,178 @@ def test_max_length_bounds_prompt_and_new_tokens(tiny):
   within = make_engine(tiny, stop_ids=(), max_length=64)
   longer = within.generate([dataclasses.replace(request, max_tokens=24)])[0]
   np.testing.assert_array_equal(longer.tokens, completion.tokens)
+
+
+def test_log_probs_of_the_engine_equal_score(tiny):
+  """From queue to Completion: what RL trains on is what the trainer computes."""
+  config, params = tiny
+  requests = [
+    dataclasses.replace(r, temperature=0.8, top_p=1.0, top_k=0) for r in ragged_requests(9)
+  ]
+  completions = make_engine(tiny).generate(requests)
+  tokens_BT = np.zeros((9, 40), np.int32)
+  segments_BT = np.zeros((9, 40), np.int32)
+  for b, c in enumerate(completions):
+    row = [*c.prompt_tokens, *c.tokens]
+    tokens_BT[b, : len(row)], segments_BT[b, : len(row)] = row, 1
+  positions_BT = np.broadcast_to(np.arange(40, dtype=np.int32), (9, 40))
+  batch = Batch(*map(jnp.asarray, (tokens_BT, positions_BT, segments_BT)), None)
+  logp_BT = np.asarray(qwen3.score(config, params, batch, 0.8, 40)[0])
+  for b, c in enumerate(completions):
+    m, n = len(c.prompt_tokens), len(c.tokens)
+    np.testing.assert_allclose(c.logprobs, logp_BT[b, m : m + n], atol=1e-4)
+
+
+def test_pieces_join_to_the_completion(tiny):
+  """on_piece hears every token once and in order, when it is read, from preempted attempts too."""
+  engine, heard = make_engine(tiny, **CROWDED), {}
+  requests = ragged_requests(9, seed=1, max_tokens=20, top_logprobs=3)
+  for i, request in enumerate(requests):
+    heard[engine.submit(request, lambda piece, i=i: heard[i + 1].append(piece))] = []
+  results = drain(engine)
+  assert engine.counters.preemptions > 0
+  assert max(len(pieces) for pieces in heard.values()) > 2
+  for ticket, completion in results.items():
+    pieces = heard[ticket]
+    assert all(1 <= len(piece.tokens) <= SHAPES.chunk for piece in pieces)
+    for name in ("tokens", "logprobs", "versions", "top_tokens", "top_logprobs"):
+      joined = np.concatenate([getattr(piece, name) for piece in pieces])
+      np.testing.assert_array_equal(joined, getattr(completion, name), err_msg=name)
+    assert completion.top_tokens.shape == completion.top_logprobs.shape
+    assert completion.top_tokens.shape == (len(completion.tokens), 3)
+    assert np.all(np.diff(completion.top_logprobs, axis=1) <= 0)
+  greedy = [results[t] for t, r in zip(sorted(results), requests, strict=True) if not r.temperature]
+  assert greedy
+  for completion in greedy:
+    np.testing.assert_array_equal(completion.tokens, completion.top_tokens[:, 0])
+    np.testing.assert_allclose(completion.logprobs, completion.top_logprobs[:, 0], atol=1e-6)
+
+
+# --- bad input
+
+
+NAN, INF = float("nan"), float("inf")
+BAD = {
+  "the prompt is empty": {"prompt_tokens": ()},
+  "the prompt has 40 tokens, this engine takes 39": {"prompt_tokens": (1,) * 40},
+  "prompt token 64 is not in the vocabulary of 64": {"prompt_tokens": (1, 64)},
+  "prompt token -1 is not in the vocabulary": {"prompt_tokens": (-1, 2)},
+  "max_tokens is 0: it must be at least 1": {"max_tokens": 0},
+  "temperature is nan": {"temperature": NAN},
+  "temperature is -1": {"temperature": -1},
+  "temperature is inf": {"temperature": INF},
+  "top_p is 0": {"top_p": 0},
+  "top_p is 1.5": {"top_p": 1.5},
+  "top_p is nan": {"top_p": NAN},
+  "top_k is 1000": {"top_k": 1000},
+  "top_k is -1": {"top_k": -1},
+  "min_p is 1.1": {"min_p": 1.1},
+  "min_p is nan": {"min_p": NAN},
+  "repetition_penalty is 0": {"repetition_penalty": 0},
+  "repetition_penalty is inf": {"repetition_penalty": INF},
+  "repetition_penalty is nan": {"repetition_penalty": NAN},
+  "presence_penalty is nan": {"presence_penalty": NAN},
+  "frequency_penalty is -inf": {"frequency_penalty": -INF},
+  "logit_bias token 64 is not in the vocabulary": {"logit_bias": ((64, 1.0),)},
+  "logit_bias token -3 is not in the vocabulary": {"logit_bias": ((1, 1.0), (-3, 1.0))},
+  "logit_bias of token 5 is nan": {"logit_bias": ((5, NAN),)},
+  "logit_bias of token 5 is inf": {"logit_bias": ((5, INF),)},
+  "stop_ids token 99 is not in the vocabulary": {"stop_ids": (99,)},
+  "stop_ids has 20 tokens: at most 19": {"stop_ids": tuple(range(20))},
+  "top_logprobs is 21: it must be in 0..20": {"top_logprobs": 21},
+  "top_logprobs is -1": {"top_logprobs": -1},
+}
+
+
+def test_a_bad_request_fails_alone(engine):
+  """One line for each bad request in its place; the good ones are as without them."""
+  good = ragged_requests(4)
+  bad = [dataclasses.replace(good[0], **change) for change in BAD.values()]
+  results = engine.generate([good[0], *bad, *good[1:]])
+  for message, result in zip(BAD, results[1 : 1 + len(bad)], strict=True):
+    assert isinstance(result, RequestError)
+    assert message in str(result)
+    assert "\n" not in str(result)
+  kept = [results[0], *results[1 + len(bad) :]]
+  assert all(same(a, b) for a, b in zip(kept, engine.generate(good), strict=True))
+  with pytest.raises(RequestError, match="max_tokens is 0"):
+    engine.submit(dataclasses.replace(good[0], max_tokens=0))
+  assert_nothing_is_left(engine)
+
+
+def test_the_ends_of_every_range_are_served(engine):
+  """The longest prompt, one token, as many stop ids and top log-probs as there may be."""
+  longest = tuple(range(39))
+  at_their_ends = [
+    Request(longest, 0, 0, 5, 1.0),
+    Request((1,), 0, 0, 1, 0.0),
+    Request((1, 2), 0, 0, 3, 1.0, stop_ids=tuple(range(4, 23)), top_logprobs=20),
+    Request((1, 2), -1, 2**40, 3, 1e-6, top_k=128, top_p=1.0, min_p=1.0),
+    Request((1, 2), 0, 0, 3, 1.0, repetition_penalty=1e-3, presence_penalty=-2.0),
+    Request((1, 2), 0, 0, 3, 1.0, logit_bias=((7, -INF), (8, 90.0))),
+  ]
+  results = engine.generate(at_their_ends)
+  assert [len(c.tokens) for c in results[:2]] == [1, 1]
+  assert results[2].top_tokens.shape == (len(results[2].tokens), 20)
+  assert results[5].tokens.tolist() == [8, 8, 8]
+  assert_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("kv_dtype", ["", "int8"])
+def test_logits_that_are_not_finite_fail_their_own_attempt(tiny_with, kv_dtype):
+  """An embedding of nan: who has read that token or samples it gets one line that says where, with
+  its neighbours the same to the bit; so do those who share its prefix, and the pages that it leaves
+  serve others."""
+  config = tiny_with(tie_word_embeddings=False)
+  params = qwen3.init_params(config, jax.random.key(0), jnp.float32)
+  damaged = params | {"embed_tokens": params["embed_tokens"].at[50].set(jnp.nan)}
+  requests = ragged_requests(8, seed=7, logit_bias=((50, -INF),))
+  requests = [
+    dataclasses.replace(r, prompt_tokens=tuple(t if t != 50 else 51 for t in r.prompt_tokens))
+    for r in requests
+  ]
+  fine, engine = (
+    make_engine((config, params), kv_dtype=kv_dtype),
+    make_engine((config, damaged), kv_dtype=kv_dtype),
+  )
+  wanted = fine.generate(requests)
+  first, last, middle = (50, 1, 2, 4), (1, 2, 4, 50), tuple(range(20)) + (50,) + tuple(range(15))
+  bad = [Request(prompt, 0, a, 9, 1.0) for a, prompt in enumerate((first, last, middle, middle))]
+  bad.insert(2, Request(middle[:20], 0, 0, 9, 0.0, logit_bias=((50, 90.0),)))  # will sample it
+  mixed = [x for pair in zip(requests, [*bad, None, None, None], strict=True) for x in pair if x]
+  for _ in range(2):
+    results = engine.generate(mixed)
+    found = [r for r in results if isinstance(r, RequestError)]
+    where = [len(first), len(last), 21, len(middle), len(middle)]
+    assert [str(e) for e in found] == [
+      f"the logits of token {n} are not finite: the parameters are damaged" for n in where
+    ]
+    kept = [r for r in results if not isinstance(r, RequestError)]
+    assert all(same(a, b) for a, b in zip(kept, wanted, strict=True))
+  assert_nothing_is_left(engine)
+  engine.set_params(params, 2)
+  assert all(same(a, b) for a, b in zip(engine.generate(requests), wanted, strict=True))
+  assert not any(isinstance(r, RequestError) for r in engine.generate(mixed))
+
+
+def test_stepping_without_parameters_says_so(tiny):
+  """One line that names the call to make."""
+  engine = make_engine(tiny, version=None)
+  engine.submit(Request((1,), 0, 0, 1, 1.0))
+  with pytest.raises(ValueError, match="call set_params first"):
+    engine.step()
+  with pytest.raises(ValueError, match="call set_params first"):
+    engine.warm_up()
+
+
+def test_slots_and_pages_are_multiples_of_the_replicas(tiny):
+  with pytest.raises(ValueError, match="slots=3 and pages=0 must be multiples of the 2 replicas"):
+    make_engine(tiny, slots=3, lanes=2)
+  with pytest.raises(ValueError, match="slots=4 and pages=9 must be multiples of the 2 replicas"):
+    make_engine(tiny, pages=9, lanes=2)
+
+
+# --- parameters
 
 
 def test_new_parameters_between_steps_mark_the_tokens_they_sample(tiny):
@@ -200,6 +272,58 @@ def test_new_parameters_between_steps_mark_the_tokens_they_sample(tiny):
   assert unchanged.logprobs[8] != completion.logprobs[8]
 
 
+def test_the_same_parameters_under_another_version_change_nothing_else(tiny):
+  """A version at every step, whatever is in flight: tokens and log-probs to the bit, versions that
+  never fall, each the one at whose time its token was sampled."""
+  config, params = tiny
+  requests = ragged_requests(9, seed=3, max_tokens=20)
+  wanted = make_engine(tiny, keep_prefixes=True).generate(requests)
+  engine, version = make_engine(tiny, keep_prefixes=True, version=10), 10
+  tickets = [engine.submit(request) for request in requests]
+  results = {}
+  while engine.unfinished:
+    engine.step()
+    results |= dict(engine.poll())
+    version += 1
+    engine.set_params(params, version)
+  for ticket, completion in zip(tickets, wanted, strict=True):
+    assert same(results[ticket], completion)
+    versions = results[ticket].versions
+    assert 10 <= versions[0] and versions[-1] < version and np.all(np.diff(versions) >= 0)
+    # A chunk is of one version, and a step dispatches one chunk at most.
+    assert len(set(versions.tolist())) >= len(versions) / SHAPES.chunk
+
+
+def test_parameters_of_another_model_are_refused(tiny, tiny_with):
+  """One line that names the parameter; the old ones stay, in running attempts too."""
+  config, params = tiny
+  request = Request((9, 9, 9), 0, 0, 20, 1.0)
+  engine = make_engine(tiny)
+  [wanted] = engine.generate([request])
+  wider = qwen3.init_params(tiny_with(intermediate_size=64), jax.random.key(0), jnp.float32)
+  untied = qwen3.init_params(tiny_with(tie_word_embeddings=False), jax.random.key(0), jnp.float32)
+  deeper = qwen3.init_params(tiny_with(num_layers=3), jax.random.key(0), jnp.float32)
+  less = {name: x for name, x in params.items() if name != "norm"}
+  ticket = engine.submit(request)
+  engine.step()
+  for other, message in (
+    (wider, r"parameter layers.mlp.down_proj has the shape \(2, 32, 64\), .* needs \(2, 32, 48\)"),
+    (untied, "parameter lm_head has the shape .* needs none of that name"),
+    (deeper, r"parameter layers.input_layernorm has the shape \(3, 32\)"),
+    (less, r"parameter norm has the shape of nothing: it is missing.* needs \(32,\)"),
+  ):
+    with pytest.raises(ValueError, match=message) as error:
+      engine.set_params(other, 7)
+    assert "\n" not in str(error.value)
+  assert same(drain(engine)[ticket], wanted)
+  [after] = engine.generate([request])
+  assert same(after, wanted)
+  assert set(after.versions.tolist()) == {1}
+
+
+# --- the queue
+
+
 def test_submitted_work_is_polled_once(tiny):
   """submit, step, poll: each ticket comes back once; generate refuses to run over them."""
   engine = make_engine(tiny)
@@ -217,203 +341,107 @@ def test_submitted_work_is_polled_once(tiny):
   assert all(same(got[t], c) for t, c in zip(tickets, expected, strict=True))
 
 
-def test_stepping_without_parameters_says_so(tiny):
-  """One line that names the call to make."""
-  engine = make_engine(tiny, version=None)
-  engine.submit(Request((1,), 0, 0, 1, 1.0))
-  with pytest.raises(ValueError, match="call set_params first"):
+def where_attempts_are(engine, tickets) -> list[str]:
+  """Waiting, prefilling, decoding or in flight, by what the replicas hold."""
+  found = dict.fromkeys(tickets, "gone")
+  found |= {running.ticket: "waiting" for running in engine._waiting}
+  for replica in engine.replicas:
+    for running in replica.running.values():
+      found[running.ticket] = "decoding" if running.decoding else "prefilling"
+    for flight in replica._in_flight:
+      found |= {r.ticket: "in flight" for r in flight.attempts if replica.running.get(r.slot) is r}
+  return [found[ticket] for ticket in tickets]
+
+
+@pytest.mark.parametrize("stage", ["waiting", "prefilling", "in flight"])
+def test_an_aborted_attempt_gives_back_all_it_has(tiny, stage):
+  """Its slot and its pages, wherever it is; it is never polled, the others are the same to the
+  bit, and who gets its slot next is too."""
+  rng = np.random.default_rng(0)
+  prompts = [tuple(rng.integers(0, VOCAB, n).tolist()) for n in (5, 9, 30, 31, 7, 12)]
+  requests = [Request(prompt, 0, 0, 9, 1.0, logit_bias=((STOP, -INF),)) for prompt in prompts]
+  engine = make_engine(tiny, slots=3, prefill_tokens=4, prefill_rows=1, prefill_budget=1)
+  wanted = alone(engine, requests)
+  engine.replicas[0].index.clear()
+  tickets = [engine.submit(request) for request in requests[:2]]
+  engine.step()
+  tickets += [engine.submit(request) for request in requests[2:]]
+  engine.step()
+  stages = where_attempts_are(engine, tickets)
+  assert stages == ["in flight", "in flight", "prefilling", "waiting", "waiting", "waiting"]
+  lost = stages.index(stage)
+  before = engine.pages_free, engine.running, engine.waiting
+  engine.abort(tickets[lost])
+  assert_pages_add_up(engine)
+  if stage == "waiting":
+    assert (engine.pages_free, engine.running, engine.waiting) == (*before[:2], before[2] - 1)
+  else:
+    held = -(-(len(prompts[lost]) + SHAPES.chunk) // SHAPES.page)
+    assert engine.pages_free >= before[0] + held
+    assert (engine.running, engine.waiting) == (before[1] - 1, before[2])
+  results = drain(engine)
+  assert sorted(results) == sorted({*tickets} - {tickets[lost]})
+  assert all(same(results[t], c) for t, c in zip(tickets, wanted, strict=True) if t in results)
+  engine.abort(tickets[lost])
+  engine.abort(12_345)
+  assert_nothing_is_left(engine)
+
+
+def test_a_finished_attempt_can_be_aborted_before_it_is_polled(engine):
+  tickets = [engine.submit(Request((1, 2), 0, a, 2, 1.0)) for a in range(2)]
+  while engine.unfinished:
     engine.step()
+  engine.abort(tickets[0])
+  assert [ticket for ticket, _ in engine.poll()] == tickets[1:]
 
 
-def test_no_recompilation_and_no_implicit_transfer_after_warm_up(tiny):
-  """A ragged workload over every bucket compiles nothing new and moves nothing unasked."""
-  engine = make_engine(tiny)
-  engine.warm_up()
-  programs = (
-    sampler.prefill, sampler.admit, sampler.decode, sampler.copy_pages, sampler.recall,
-  )  # fmt: skip
-  before = [program._cache_size() for program in programs]
-  compiled = []
-  jax.monitoring.register_event_duration_secs_listener(
-    lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
-  )
-  try:
-    with jax.transfer_guard("disallow"):
-      engine.generate(ragged_requests(17, seed=2))
-      engine.generate(ragged_requests(1, seed=3))
-  finally:
-    jax.monitoring.clear_event_listeners()
-  assert [program._cache_size() for program in programs] == before
-  assert compiled == []
+@pytest.mark.parametrize("changes", [{}, CROWDED, {"lanes": 2}], ids=["roomy", "crowded", "lanes"])
+def test_on_piece_may_abort(tiny, changes):
+  """Itself or others, at any token, the last one too: those are never polled, the others are as
+  they would be."""
+  engine = make_engine(tiny, **changes)
+  requests = ragged_requests(16, seed=2, max_tokens=16)
+  wanted, rng = make_engine(tiny, **changes).generate(requests), np.random.default_rng(0)
+  tickets, gone = [], set()
+
+  def abort_some(piece):
+    for ticket in rng.choice(tickets, 1 + rng.integers(2)):
+      if rng.random() < 0.5:
+        engine.abort(int(ticket))
+        gone.add(int(ticket))
+
+  finished = []
+  tickets += [engine.submit(request, abort_some) for request in requests]
+  while engine.unfinished:
+    engine.step()
+    assert_pages_add_up(engine)
+    now = engine.poll()
+    assert not gone & {ticket for ticket, _ in now}
+    finished += now
+  assert 0 < len(finished) < len(requests)
+  assert {ticket for ticket, _ in finished} | gone == {*tickets}
+  chosen = [(requests[t - 1], wanted[t - 1], c) for t, c in finished]
+  assert near_ties(tiny, *zip(*chosen, strict=True)) == 0
+  assert_nothing_is_left(engine)
 
 
-def test_slots_are_refilled_while_work_is_queued(tiny):
-  """Twelve attempts on four slots with one straggler: far fewer steps than three static batches."""
-  limits = [30, 4, 4, 4] * 1 + [4] * 8
-  requests = [Request((i + 1, 2), 0, 0, n, 1.0) for i, n in enumerate(limits)]
-  engine = make_engine(tiny, stop_ids=())
-  completions = engine.generate(requests)
-  assert [len(c.tokens) for c in completions] == limits
-  assert engine.counters.sampled_tokens == sum(limits)
-  assert engine.counters.decode_steps < 30 + 4 + 4
+def test_an_attempt_can_abort_itself_with_its_last_token(engine):
+  """The piece that ends it comes before it is reported."""
+  heard = []
+
+  def stop(piece):
+    heard.append(piece)
+    engine.abort(ticket)
+
+  ticket = engine.submit(Request((1, 2, 3), 0, 0, 6, 1.0, logit_bias=((STOP, -INF),)), stop)
+  other = engine.submit(Request((1, 2, 3), 0, 1, 6, 1.0))
+  assert list(drain(engine)) == [other]
+  assert [len(piece.tokens) for piece in heard] == [6]
+  assert_nothing_is_left(engine)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2)])
-def test_a_mesh_of_eight_gives_the_same_tokens(tiny, shape):
-  """The engine over data, fsdp and tensor, refills included."""
-  requests = ragged_requests(9)
-  one = make_engine(tiny, slots=8).generate(requests)
-  eight = make_engine(tiny, slots=8, mesh=make_mesh(*shape)).generate(requests)
-  for a, b in zip(one, eight, strict=True):
-    np.testing.assert_array_equal(a.tokens, b.tokens)
-    np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
-
-
-class Letters:
-  """A tokenizer for the tests: an id a character, the last one says whether to think."""
-
-  stop_ids = (STOP,)
-
-  def chat(self, messages, thinking=True):
-    text = "".join(m["content"] for m in messages)
-    return [ord(c) % 60 + 4 for c in text] + [1 if thinking else 2]
-
-  def decode(self, ids):
-    return " ".join(str(i) for i in ids if i != STOP)
-
-
-def ask(chat, text, **changes):
-  how = {"max_tokens": 10, "temperature": 1.0} | changes
-  return chat.chat([{"role": "user", "content": text}], **how)
-
-
-def test_chat_serves_coroutines_that_ask_again(tiny):
-  """Turns that build on one another, all problems at once: as if each had run alone."""
-
-  async def problem(chat, i):
-    first = await ask(chat, "ab"[: i % 3], n=2, seed=i)
-    second = await ask(chat, first[0].text[:9], seed=i, top_k=5, thinking=False)
-    return [c.text for c in first + second]
-
-  async def together(chat):
-    return await asyncio.gather(*(problem(chat, i) for i in range(7)))
-
-  engine = make_engine(tiny)
-  all_texts = asyncio.run(together(EngineChat(engine, Letters(), seed=0)))
-  assert all(len(texts) == 3 for texts in all_texts)
-  for i in (0, 4):
-    alone = asyncio.run(problem(EngineChat(engine, Letters(), seed=0), i))
-    assert alone == all_texts[i]
-  assert engine.unfinished == 0
-
-
-def test_chat_completion_has_text_without_the_stop_token(tiny):
-  """Tokens keep the stop token, the text does not; usage counts both sides."""
-
-  async def many(chat):
-    return await ask(chat, "xyz", n=12, seed=1, max_tokens=36)
-
-  completions = asyncio.run(many(EngineChat(make_engine(tiny), Letters(), seed=0)))
-  stopped = [c for c in completions if c.finish_reason == "stop"]
-  assert stopped
-  for c in stopped:
-    assert c.tokens[-1] == STOP
-    assert c.text.split() == [str(t) for t in c.tokens[:-1]]
-    assert (c.usage.input_tokens, c.usage.output_tokens, c.usage.calls) == (4, len(c.tokens), 1)
-
-
-def test_chat_without_a_seed_draws_on(tiny):
-  """Repeated calls with one prompt differ, and a new EngineChat repeats the same series."""
-
-  async def series(chat):
-    return [(await ask(chat, "q"))[0].tokens.tolist() for _ in range(3)]
-
-  engine = make_engine(tiny)
-  first = asyncio.run(series(EngineChat(engine, Letters(), seed=0)))
-  assert len({tuple(tokens) for tokens in first}) == 3
-  assert asyncio.run(series(EngineChat(engine, Letters(), seed=0))) == first
-  assert asyncio.run(series(EngineChat(engine, Letters(), seed=9))) != first
-
-
-def test_chat_error_is_that_of_its_caller_alone(tiny):
-  """A prompt that does not fit raises in its coroutine; the other goes on."""
-
-  async def both(chat):
-    return await asyncio.gather(
-      ask(chat, "z" * 50, n=3), ask(chat, "ok", seed=2), return_exceptions=True
-    )
-
-  failed, fine = asyncio.run(both(EngineChat(make_engine(tiny), Letters(), seed=0)))
-  assert isinstance(failed, RequestError)
-  assert "the prompt has 51 tokens" in str(failed)
-  assert len(fine) == 1
-
-
-def test_chat_passes_on_a_failing_step(tiny):
-  """When the engine itself fails, every waiting call raises that, and none waits for ever."""
-  engine = make_engine(tiny)
-
-  def fail():
-    raise RuntimeError("device lost")
-
-  engine.step = fail
-
-  async def both(chat):
-    return await asyncio.gather(ask(chat, "a"), ask(chat, "b"), return_exceptions=True)
-
-  results = asyncio.run(asyncio.wait_for(both(EngineChat(engine, Letters(), seed=0)), 30))
-  assert [str(e) for e in results] == ["device lost", "device lost"]
-
-
-def test_chat_leaves_the_event_loop_free(tiny):
-  """While the engine decodes, another coroutine (a judge) runs."""
-  engine = make_engine(tiny)
-  ticks_during = []
-  step = engine.step
-  ticks = 0
-
-  def slow_step():
-    import time
-
-    before = ticks
-    time.sleep(0.05)
-    step()
-    ticks_during.append(ticks - before)
-
-  engine.step = slow_step
-
-  async def tick():
-    nonlocal ticks
-    while True:
-      ticks += 1
-      await asyncio.sleep(0.001)
-
-  async def main(chat):
-    ticking = asyncio.create_task(tick())
-    await ask(chat, "a", seed=0)
-    ticking.cancel()
-
-  asyncio.run(main(EngineChat(engine, Letters(), seed=0)))
-  assert max(ticks_during) > 0
-
-
-def test_log_probs_of_the_engine_equal_score(tiny):
-  """From queue to Completion: what RL trains on is what the trainer computes."""
-  from qed_jax.records import Batch
-
-  config, params = tiny
-  requests = [
-    dataclasses.replace(r, temperature=0.8, top_p=1.0, top_k=0) for r in ragged_requests(9)
-  ]
-  completions = make_engine(tiny).generate(requests)
-  tokens_BT = np.zeros((9, 40), np.int32)
-  segments_BT = np.zeros((9, 40), np.int32)
-  for b, c in enumerate(completions):
-    row = [*c.prompt_tokens, *c.tokens]
-    tokens_BT[b, : len(row)], segments_BT[b, : len(row)] = row, 1
-  positions_BT = np.broadcast_to(np.arange(40, dtype=np.int32), (9, 40))
-  batch = Batch(*map(jnp.asarray, (tokens_BT, positions_BT, segments_BT)), None)
-  logp_BT = np.asarray(qwen3.score(config, params, batch, 0.8, 40)[0])
-  for b, c in enumerate(completions):
-    m, n = len(c.prompt_tokens), len(c.tokens)
-    np.testing.assert_allclose(c.logprobs, logp_BT[b, m : m + n], atol=1e-4)
+def test_a_stop_that_never_comes_is_a_limit(engine):
+  """A stop id that is forbidden: the attempt ends at max_tokens, nobody waits for it."""
+  request = Request((1, 2), 0, 0, 30, 1.0, stop_ids=(9,), logit_bias=((9, -INF), (STOP, -INF)))
+  [completion] = engine.generate([request])
+  assert (len(completion.tokens), completion.finish_reason) == (30, "length")

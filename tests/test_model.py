@@ -266,7 +266,7 @@ extend = jax.jit(qwen3.extend, static_argnums=0)
 SPLITS = {
   "whole prompts": [[(0, 0, 1), (1, 0, 4), (2, 0, 9)]],
   "pieces in one call": [[(2, 0, 3), (2, 3, 3), (2, 6, 3)], [(1, 0, 3), (1, 3, 1), (0, 0, 1)]],
-  "pieces over several calls": [[(2, 0, 4), (1, 0, 3)], [(1, 3, 1), (2, 4, 4)], [(0, 0, 1), (2, 8, 1)]],
+  "pieces over calls": [[(2, 0, 4), (1, 0, 3)], [(1, 3, 1), (2, 4, 4)], [(0, 0, 1), (2, 8, 1)]],
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 A page holds S tokens of one sequence, (page, head)-contiguous (design section 8); a table row names
 a sequence's pages in order. The cache is donated, carried whole through the scan over layers and
-indexed by layer. Pages start zeroed and only finite numbers are written, since 0 * NaN is NaN: what
+indexed by layer. Pages start zeroed and the values in them are finite, since 0 * NaN is NaN: what
 a page held before can never reach who owns it next. Page 0 is nobody's: free slots point to it.
 
 Where XLA's gather is dear (a CPU), a decode loop works on the pages of its slots laid side by side
@@ -98,11 +98,13 @@ def append(kv_cache: KVCache, layer, k_BTKH, v_BTKH, positions_BT) -> KVCache:
       new_BTKx.astype(cache_LPKSx.dtype), mode="drop"
     )
 
-  k_BTKH, v_BTKH = finite(k_BTKH), finite(v_BTKH)
   if kv_cache.k_scale_LPKS is None:
+    stored = kv_cache.k_LPKSH.dtype
+    k_BTKH, v_BTKH = marked(k_BTKH.astype(stored), v_BTKH.astype(stored))
     return dataclasses.replace(
       kv_cache, k_LPKSH=put(kv_cache.k_LPKSH, k_BTKH), v_LPKSH=put(kv_cache.v_LPKSH, v_BTKH)
     )
+  k_BTKH, v_BTKH = marked(k_BTKH, v_BTKH)
   (k_BTKH, k_scale_BTK), (v_BTKH, v_scale_BTK) = quantise(k_BTKH), quantise(v_BTKH)
   return dataclasses.replace(
     kv_cache,
@@ -185,9 +187,15 @@ def copy(kv_cache: KVCache, source_R, target_R) -> KVCache:
   return jax.tree.map(put, kv_cache)
 
 
-def finite(x):
-  """x with 0 for nan and infinities; that something is wrong still shows in the token's logits."""
-  return jnp.where(jnp.isfinite(x), x, 0)
+def marked(k_BTKH, v_BTKH) -> tuple[Any, Any]:
+  """A token with a nan or an infinity: its key becomes nan and its value 0.
+
+  The score of a nan key is nan to the queries that see it, whose logits then are not finite, and
+  masked to all others, while a masked value is multiplied by 0 and has to be finite.
+  """
+  finite_BTKH = jnp.isfinite(k_BTKH) & jnp.isfinite(v_BTKH)
+  finite_BTK1 = jnp.all(finite_BTKH, axis=-1, keepdims=True)
+  return jnp.where(finite_BTK1, k_BTKH, jnp.nan), jnp.where(finite_BTK1, v_BTKH, 0)
 
 
 def quantise(x_BTKH) -> tuple[Any, Any]:

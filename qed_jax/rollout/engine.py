@@ -116,9 +116,7 @@ class Engine:
     self._waiting = collections.deque(r for r in self._waiting if r.ticket != ticket)
     self._finished = [(t, result) for t, result in self._finished if t != ticket]
     for replica in self.replicas:
-      for running in list(replica.running.values()):
-        if running.ticket == ticket:
-          replica.drop(running)
+      replica.forget(ticket)
 
   @property
   def waiting(self) -> int:

@@ -144,6 +144,13 @@ class Replica:
     self._leave(running)
     self._vacated.add(running.slot)
 
+  def forget(self, ticket: int) -> None:
+    """Drops the attempt if it is here, also when it is about to be queued again or reported."""
+    for running in [r for r in self.running.values() if r.ticket == ticket]:
+      self.drop(running)
+    self.preempted = [r for r in self.preempted if r.ticket != ticket]
+    self._ended = [(r, error) for r, error in self._ended if r.ticket != ticket]
+
   # --- what the device is asked --------------------------------------------------------------
 
   def prefill(self) -> int:
@@ -307,6 +314,8 @@ class Replica:
       )
       versions = np.full(n, flight.version, np.int32)
       running.add(Piece(chunk.tokens_BC[slot, :n], chunk.logp_BC[slot, :n], versions, *tops))
+      if self.running.get(slot) is not running:
+        continue  # its on_piece aborted it
       if chunk.ended_B[slot]:
         self._leave(running)
         error = RequestError(

@@ -1,0 +1,687 @@
+"""The rollout engine beside transformers' `generate` and tunix's sampler, in one run.
+
+The model is that of bench_cpu.py (Qwen3, 4 layers, width 256, 4,096 tokens, float32), written once
+as a Hugging Face folder that every library opens with its own loader: the weights are the same in
+all. Rope theta is 1e6, the only one that tunix 0.1.7 computes with. No token ends an attempt early:
+every one has its limit of new tokens. What is counted is tokens that were asked for, in seconds
+from the list of prompts to the list of tokens. Work:
+
+  sample, greedy   8 prompts of 64 tokens, 64 new each, at temperature 1 and 0; greedy tokens must
+                   be those of transformers
+  ragged           64 requests, prompts of 8 to 64 tokens, 8 to 64 new, uniform; 8 slots
+  straggler        64 requests of 64 tokens and 16 new, but for one with 160 new at a random place
+                   in each 8 consecutive ones: a batch of 8 takes 160 steps for 272 tokens
+  shared           16 attempts of 64 tokens at one prompt of 512, in 16 slots
+  long             a decode step of 8 attempts with 128 tokens, max_length 2,048 over max_length 128
+  sweep            a decode step over tokens of context x slots, 32 new tokens
+
+The others serve batches of 8 (shared: 16) in the order of arrival, each until its longest attempt
+is done; prompts shorter than the batch's longest are padded on the left. A row "this engine, ..."
+is the engine itself, waiting for every batch as they do, or with 16 prompts that share nothing.
+
+Fair to whom? To tunix: its cache is exactly as long as the batch needs, all those shapes are
+compiled beforehand, and top_p is 1, or it would sort the vocabulary; with the cache of 1,024 tokens
+that is its default it has a row of its own. To transformers: its default, a cache that grows; it
+has nothing to compile. Against this engine: it alone also returns log-probs. All programs are
+compiled before (engine.warm_up, and one round that is not timed), and set_params before each timed
+call makes the engine forget the prompts of the calls before; long and sweep time decoding alone, so
+there both sides keep the keys and values of the prompts from an earlier call.
+
+Each library has a process of its own; they take turns, a second or one call each, in an order that
+rotates, and what is printed is the median over the rounds of the ratio within a round. "slots
+busy" are tokens over steps x slots of the decode loops that were dispatched while requests queued,
+and of all. Pages are the most that were held at once; those of prompts are all but the pages that
+the new tokens need by themselves: 16 attempts at one prompt cannot hold less than a sixth of all
+that 16 prompts need. The last line is JSON; exits 1 when greedy tokens differ on CPUs. Runs on
+whatever device JAX finds; a peer that has no such device, or is not installed, is left out with a
+line that says so.
+
+  python tools/bench_engine.py --repeats=9 --tunix-python=PYTHON
+  python tools/bench_engine.py --work ragged straggler --lanes=1
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import bench_cpu
+import numpy as np
+from bench_cpu import NEW, PROMPT, ROOT, SIZES
+
+SLOTS = bench_cpu.ROWS
+SHORT, STRAGGLER = 16, 160  # new tokens of the straggler mix
+LONG_PROMPT, ATTEMPTS = 512, 16
+LONG_MAXIMUM = 16 * (PROMPT + NEW)
+SWEEP_NEW = 32
+THETA = 1e6
+TUNIX_CACHE = 1024  # its RolloutConfig's default
+BUSY_TARGET, LONG_TARGET, SHARED_TARGET = 0.95, 1.3, 8.0
+OURS, TORCH, TUNIX = "qed_jax", "transformers", "tunix"
+WORK = ("sample", "greedy", "ragged", "straggler", "shared", "long", "sweep")
+# work: (library, what it does of that work, its row, target of the ratio)
+OTHERS = {
+  "sample": (
+    (TORCH, "sample", TORCH, 4.0),
+    (TUNIX, "sample", TUNIX, 6.0),
+    (TUNIX, f"sample:{TUNIX_CACHE}", f"tunix, cache of {TUNIX_CACHE}", 6.0),
+  ),
+  "greedy": (
+    (TORCH, "greedy", TORCH, 4.0),
+    (TUNIX, "greedy", TUNIX, 6.0),
+    (TUNIX, f"greedy:{TUNIX_CACHE}", f"tunix, cache of {TUNIX_CACHE}", 6.0),
+  ),
+  "ragged": (
+    (TORCH, "ragged", TORCH, None),
+    (TUNIX, "ragged", TUNIX, None),
+    (OURS, "ragged:batches", "this engine, batches of 8", None),
+  ),
+  "straggler": (
+    (TORCH, "straggler", TORCH, 8.0),
+    (TUNIX, "straggler", TUNIX, 8.0),
+    (OURS, "straggler:batches", "this engine, batches of 8", None),
+  ),
+  "shared": (
+    (TORCH, "shared", TORCH, None),
+    (TUNIX, "shared", TUNIX, None),
+    (OURS, "copies", "this engine, 16 prompts", None),
+  ),
+}
+
+
+# --- what all libraries are given --------------------------------------------------------------
+
+
+def make_requests(seed: int, count: int) -> dict[str, list]:
+  """work -> [(prompt, new tokens)] in the order of arrival; `count` of them in the mixes."""
+  rng = np.random.default_rng(seed)
+
+  def request(prompt: int, new: int):
+    return rng.integers(0, SIZES["vocab_size"], prompt).tolist(), int(new)
+
+  uniform = [request(PROMPT, NEW) for _ in range(SLOTS)]
+  ragged = [request(*rng.integers(8, (PROMPT + 1, NEW + 1))) for _ in range(count)]
+  straggler = []
+  for _ in range(count // SLOTS):
+    late = rng.integers(SLOTS)
+    straggler += [request(PROMPT, STRAGGLER if i == late else SHORT) for i in range(SLOTS)]
+  return {
+    "sample": uniform,
+    "greedy": uniform,
+    "ragged": ragged,
+    "straggler": straggler,
+    "shared": [request(LONG_PROMPT, NEW)] * ATTEMPTS,
+    "copies": [request(LONG_PROMPT, NEW) for _ in range(ATTEMPTS)],
+  }
+
+
+def make_folder(folder: Path, seed: int, count: int, contexts: list[int], slots: list[int]) -> None:
+  """A Hugging Face folder, and beside it requests.json and the prompts of the decode steps."""
+  from safetensors.numpy import save_file
+
+  longest = max(*contexts, LONG_PROMPT, PROMPT + STRAGGLER) + NEW
+  bench_cpu.make_inputs(folder / "inputs.npz", seed)
+  inputs = np.load(folder / "inputs.npz")
+  weights = {name: inputs[name] for name in inputs if name.startswith("model.")}
+  save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+  config = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": SIZES["vocab_size"],
+    "hidden_size": SIZES["hidden_size"],
+    "intermediate_size": SIZES["intermediate_size"],
+    "num_hidden_layers": SIZES["num_layers"],
+    "num_attention_heads": SIZES["num_heads"],
+    "num_key_value_heads": SIZES["num_kv_heads"],
+    "head_dim": SIZES["head_dim"],
+    "max_position_embeddings": longest,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+    "dtype": "float32",
+  }
+  (folder / "config.json").write_text(json.dumps(config))
+  (folder / "requests.json").write_text(json.dumps(make_requests(seed, count)))
+  shape = (max(*slots, SLOTS), max(*contexts, PROMPT))
+  prompts = np.random.default_rng(seed).integers(0, SIZES["vocab_size"], shape)
+  np.save(folder / "prompts.npy", prompts)
+
+
+def in_batches(requests: list) -> list[list]:
+  """As they arrive, SLOTS at a time; attempts at one prompt are one batch."""
+  size = ATTEMPTS if len({tuple(prompt) for prompt, _ in requests}) == 1 else SLOTS
+  return [requests[i : i + size] for i in range(0, len(requests), size)]
+
+
+def decode_work(slots: int, context: int, new: int, maximum: int) -> str:
+  return f"decode:{slots},{context},{new},{maximum}"
+
+
+# --- the libraries -----------------------------------------------------------------------------
+
+
+class Static:
+  """A library that serves whole batches; `generate` is its own."""
+
+  def __init__(self, folder: Path):
+    self.requests = json.loads((folder / "requests.json").read_text())
+    self.prompts = np.load(folder / "prompts.npy")
+
+  def prepare(self, work: str) -> None:
+    """What comes before the clock starts."""
+
+  def run(self, work: str) -> dict:
+    """Does it once."""
+    name, _, cache = work.partition(":")
+    tokens = []
+    for batch in in_batches(self.requests[name]):
+      prompts, limits = zip(*batch, strict=True)
+      sampled = self.generate(prompts, max(limits), name == "greedy", int(cache or 0))
+      tokens += [row[:limit] for row, limit in zip(sampled, limits, strict=True)]
+    return {"sampled": sum(map(len, tokens)), "tokens": tokens if name == "greedy" else None}
+
+
+class Transformers(Static):
+  """torch, with the cache that grows; eager."""
+
+  packages = ("torch", "transformers")
+
+  def __init__(self, folder: Path, args):
+    super().__init__(folder)
+    import torch
+    import transformers
+
+    self.torch, self.transformers = torch, transformers
+    transformers.utils.logging.disable_progress_bar()
+    self.device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = transformers.Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    self.model = model.to(self.device).eval()
+    self.caches = {}
+
+  def generate(self, prompts, new: int, greedy: bool, cache: int) -> list[list[int]]:
+    width = max(map(len, prompts))
+    padded = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return self._generate(padded, mask, new, greedy)[:, width:].tolist()
+
+  def _generate(self, prompts, mask, new: int, greedy: bool, **cache):
+    sampling = {} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    return self.model.generate(
+      self.torch.tensor(prompts, device=self.device),
+      attention_mask=self.torch.tensor(mask, device=self.device),
+      max_new_tokens=new,
+      do_sample=not greedy,
+      pad_token_id=0,
+      **sampling,
+      **cache,
+    )
+
+  def run(self, work: str) -> dict:
+    if not work.startswith("decode:"):
+      return super().run(work)
+    slots, context, new, _ = map(int, work.partition(":")[2].split(","))
+    prompts = self.prompts[:slots, :context]
+    if work not in self.caches:
+      self.caches = {work: self.transformers.DynamicCache()}  # one at a time: they are large
+      with self.torch.inference_mode():
+        before = self.torch.tensor(prompts[:, :-1], device=self.device)
+        self.model(before, past_key_values=self.caches[work], logits_to_keep=1)
+    cache = self.caches[work]
+    cache.crop(context - 1)
+    out = self._generate(prompts, np.ones_like(prompts), new, False, past_key_values=cache)
+    return {"sampled": len(out[:, context:].tolist()) * new, "tokens": None}
+
+
+class Ids:
+  """A tokenizer whose text is the ids; none begins, ends or pads a sequence by accident."""
+
+  def encode(self, text: str) -> list[int]:
+    return [int(word) for word in text.split()]
+
+  def decode(self, ids: list[int]) -> str:
+    return " ".join(map(str, ids))
+
+  def bos_id(self) -> int:
+    return 0  # which its sampler takes for "none"
+
+  def eos_id(self) -> int:
+    return -2
+
+  def pad_id(self) -> int:
+    return -1  # what the mask is made of: a token of the vocabulary would be masked where sampled
+
+
+class Tunix(Static):
+  """The vanilla sampler of google-tunix, a cache of `cache` tokens or just as many as it needs."""
+
+  packages = ("google-tunix", "jax")
+
+  def __init__(self, folder: Path, args):
+    super().__init__(folder)
+    import jax
+    from tunix.generate import sampler
+    from tunix.models.qwen3 import model, params
+
+    self.sampler, self.samplers, self.device = sampler, {}, jax.devices()[0].platform
+    config = model.ModelConfig(
+      num_layers=SIZES["num_layers"],
+      vocab_size=SIZES["vocab_size"],
+      embed_dim=SIZES["hidden_size"],
+      hidden_dim=SIZES["intermediate_size"],
+      num_heads=SIZES["num_heads"],
+      head_dim=SIZES["head_dim"],
+      num_kv_heads=SIZES["num_kv_heads"],
+      rope_theta=int(THETA),
+      norm_eps=1e-6,
+      use_tied_embedding=True,
+    )
+    self.model = params.create_model_from_safe_tensors(str(folder), config)
+
+  def generate(self, prompts, new: int, greedy: bool, cache: int) -> list[list[int]]:
+    width = max(map(len, prompts))
+    cache = cache or width + new
+    if cache not in self.samplers:
+      shape = {name: SIZES[name] for name in ("num_layers", "num_kv_heads", "head_dim")}
+      cache_config = self.sampler.CacheConfig(cache_size=cache, **shape)
+      self.samplers[cache] = self.sampler.Sampler(self.model, Ids(), cache_config)
+    out = self.samplers[cache](
+      [Ids().decode(prompt) for prompt in prompts],
+      max_generation_steps=new,
+      max_prompt_length=width,
+      eos_tokens=[Ids().eos_id()],
+      **({} if greedy else {"temperature": 1.0, "top_p": 1.0}),
+    )
+    return [row.tolist() for row in out.tokens]
+
+
+class Ours:
+  """The engine, one for each kind of work, with max_length just what that needs."""
+
+  packages = ("jax", "flax")
+
+  def __init__(self, folder: Path, args):
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+    import jax
+
+    from qed_jax import host_memory
+    from qed_jax.model import hf_weights, presets
+    from qed_jax.rollout.device import Shapes
+    from qed_jax.rollout.engine import Engine, Request
+    from qed_jax.sharding import make_mesh
+
+    host_memory.share_one_arena()  # as the programs do
+    self.args, self.Engine, self.Request, self.Shapes = args, Engine, Request, Shapes
+    self.requests = json.loads((folder / "requests.json").read_text())
+    self.prompts = np.load(folder / "prompts.npy")
+    device = jax.devices()[0]
+    self.device, self.engines = device.platform, {}
+    self.lanes = args.lanes or (2 if self.device == "cpu" else 1)
+    self.mesh = make_mesh(1, 1, 1, [device])
+    described = hf_weights.read_config(folder)
+    self.config = presets.from_hf(described, dtype="float32", remat="none", attention="auto")
+    whole = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+    self.params = hf_weights.load(folder, self.config, whole, "float32")
+
+  def _engine(self, key: str, slots: int, maximum: int, spare: int = 0):
+    """spare: pages for each slot beside those that `maximum` tokens need."""
+    if key in self.engines:
+      return self.engines[key]
+    args, lanes = self.args, self.lanes if slots % self.lanes == 0 else 1
+    pages = slots * (math.ceil(maximum / args.page) + spare) if spare else 0
+    engine = self.Engine(
+      self.config,
+      mesh=self.mesh,
+      shapes=self.Shapes(
+        slots=slots,
+        max_length=maximum,
+        page=args.page,
+        pages=pages,
+        chunk=args.chunk,
+        prefill_rows=args.prefill_rows,
+        prefill_tokens=PROMPT,
+        kv_dtype="",
+      ),
+      lanes=lanes,
+      prefill_budget=SLOTS * PROMPT,
+      stop_ids=(),
+      truncated_logp=False,
+      keep_prefixes=False,
+    )
+    engine.set_params(self.params, 0)
+    engine.warm_up()
+    self.engines[key] = engine
+    return engine
+
+  def _for(self, work: str):
+    """(engine, batches of requests) of a work."""
+    name, _, how = work.partition(":")
+    if name == "decode":
+      slots, context, new, maximum = map(int, how.split(","))
+      requests = [(prompt, new) for prompt in self.prompts[:slots, :context].tolist()]
+      if work not in self.engines:  # two of them are compared, and they are large
+        for old in [key for key in self.engines if key.startswith("decode:")][:-1]:
+          del self.engines[old]
+      return self._engine(work, slots, maximum, spare=2), [requests]
+    requests = self.requests[name]
+    slots = ATTEMPTS if name in ("shared", "copies") else SLOTS
+    engine = self._engine(name, slots, max(len(prompt) + new for prompt, new in requests))
+    return engine, in_batches(requests) if how == "batches" else [requests]
+
+  def prepare(self, work: str) -> None:
+    import jax
+
+    engine, batches = self._for(work)
+    if not work.startswith("decode:"):
+      engine.set_params(self.params, 0)  # forgets every prompt
+    elif not engine.counters.prefilled_tokens:
+      self._generate(engine, [(prompt, 1) for prompt, _ in batches[0]], 1.0)
+    jax.block_until_ready(jax.live_arrays())
+
+  def _generate(self, engine, requests: list, temperature: float, progress=None) -> list:
+    asked = [
+      self.Request(prompt, 0, i, new, temperature) for i, (prompt, new) in enumerate(requests)
+    ]
+    return engine.generate(asked, progress)
+
+  def run(self, work: str) -> dict:
+    engine, batches = self._for(work)
+    before, queued = engine.counters, engine.counters
+    waiting = 0
+
+    def progress(finished: int, sampled: int) -> None:
+      # A step reads the chunk that the step before it dispatched.
+      nonlocal queued, waiting
+      if waiting:
+        queued = engine.counters
+      waiting = engine.waiting
+
+    temperature = 0.0 if work == "greedy" else 1.0
+    completions = []
+    for batch in batches:
+      completions += self._generate(engine, batch, temperature, progress)
+    after = engine.counters
+    prefilled = after.prefilled_tokens - before.prefilled_tokens
+    if work.startswith("decode:") and prefilled:
+      raise RuntimeError(f"{work}: {prefilled} tokens of prompts were computed on the clock")
+    return {
+      "sampled": sum(len(c.tokens) for c in completions),
+      "tokens": [c.tokens.tolist() for c in completions] if work == "greedy" else None,
+      "prefilled": prefilled,
+      "peak_pages": after.peak_pages,
+      "busy_while_queued": busy(before, queued),
+      "busy": busy(before, after),
+    }
+
+
+def busy(before, after) -> float | None:
+  """Tokens over steps x slots between two states of the counters."""
+  steps = after.slot_steps - before.slot_steps
+  return (after.sampled_tokens - before.sampled_tokens) / steps if steps else None
+
+
+LIBRARIES = {OURS: Ours, TORCH: Transformers, TUNIX: Tunix}
+
+
+# --- processes ---------------------------------------------------------------------------------
+
+
+def work_for_parent(args) -> None:
+  """A worker: reads a name of work a line, does it for a turn, answers with seconds a call."""
+
+  def answer(**fields) -> None:
+    print("ANSWER " + json.dumps(fields), flush=True)
+
+  if not sys.stdin.readline():  # "hello"
+    return
+  try:
+    library = LIBRARIES[args.worker](Path(args.folder), args)
+  except ImportError as error:
+    answer(absent=str(error))
+    return
+  from importlib.metadata import version
+
+  versions = {package: version(package) for package in library.packages}
+  lanes = getattr(library, "lanes", None)
+  answer(absent=None, device=library.device, versions=versions, lanes=lanes)
+  for line in sys.stdin:
+    work, calls = line.strip(), []
+    while sum(calls) < bench_cpu.TURN:
+      library.prepare(work)
+      start = time.perf_counter()
+      result = library.run(work)
+      calls.append(time.perf_counter() - start)
+    answer(first=calls[0], seconds=sum(calls) / len(calls), result=result)
+
+
+@dataclasses.dataclass
+class Worker(bench_cpu.Worker):
+  """A library in a process of its own."""
+
+  @classmethod
+  def start(cls, library: str, python: str, folder: Path, args):
+    env = dict(os.environ, TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+    env["GLIBC_TUNABLES"] = bench_cpu.HUGE_PAGES
+    env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # two of them may share an accelerator
+    own = {"--worker": library, "--folder": folder, "--lanes": args.lanes, "--page": args.page}
+    own |= {"--chunk": args.chunk, "--prefill-rows": args.prefill_rows}
+    command = [python, __file__, *(f"{name}={value}" for name, value in own.items())]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return cls(subprocess.Popen(command, env=env, **pipes))
+
+
+def start_workers(folder: Path, args) -> tuple[dict[str, Worker], dict[str, dict]]:
+  """The libraries that are here, by name, and what they say of themselves; a line on the others."""
+  pythons = {OURS: sys.executable, TORCH: sys.executable, TUNIX: args.tunix_python}
+  workers = {name: Worker.start(name, python, folder, args) for name, python in pythons.items()}
+  about = {name: worker.do("hello") for name, worker in workers.items()}
+  hints = {TORCH: "install torch", TUNIX: "--tunix-python names an interpreter that has it"}
+  platforms = {"cuda": "gpu"}
+  ours = about[OURS].get("device")
+  if about[OURS]["absent"]:
+    raise ImportError(about[OURS]["absent"])
+  for name in (TORCH, TUNIX):
+    absent, device = about[name]["absent"], about[name].get("device")
+    if absent:
+      print(f"{name} is left out, {absent}: {hints[name]}")
+    elif platforms.get(device, device) != ours:
+      print(f"{name} is left out: it runs on {device}, this engine on {ours}")
+    else:
+      continue
+    workers.pop(name).stop()
+    del about[name]
+  return workers, about
+
+
+def rounds(workers: dict, contestants: list[tuple[str, str]], repeats: int) -> tuple[list, list]:
+  """(first answers, seconds a call [contestant][round]); contestants are (library, work)."""
+  first = [workers[library].do(work) for library, work in contestants]  # compiles, warms caches
+  seconds = [[] for _ in contestants]
+  for turn in range(repeats):
+    for i in range(len(contestants)):
+      who = (i + turn) % len(contestants)
+      library, work = contestants[who]
+      seconds[who].append(workers[library].do(work)["seconds"])
+  return first, seconds
+
+
+def ratio(seconds_them: list[float], seconds_us: list[float]) -> float:
+  return statistics.median(t / u for t, u in zip(seconds_them, seconds_us, strict=True))
+
+
+# --- the tables --------------------------------------------------------------------------------
+
+
+def compare(workers: dict, args) -> tuple[dict, dict, bool | None]:
+  """(speeds, counters, whether greedy tokens are the same) of the works that have rows."""
+  speeds, counters, same = {}, {}, None
+  head = f"{'work':<11}{'tokens/s':>9}   {'beside':<28}{'tokens/s':>9}{'ratio':>8}{'target':>8}"
+  print(head, flush=True)
+  for work in (w for w in OTHERS if w in args.work):
+    others = [other for other in OTHERS[work] if other[0] in workers]
+    contestants = [(OURS, work), *((library, how) for library, how, _, _ in others)]
+    first, seconds = rounds(workers, contestants, args.repeats)
+    ours, sampled = first[0]["result"], first[0]["result"]["sampled"]
+    rates = [sampled / statistics.median(times) for times in seconds]
+    speeds[work] = {"tokens_per_s": round(rates[0], 1), "beside": {}}
+    rows = zip(others, rates[1:], seconds[1:], first[1:], strict=True)
+    for i, ((library, _, label, target), rate, times, answer) in enumerate(rows):
+      assert answer["result"]["sampled"] == sampled, (work, label, answer["result"], sampled)
+      times_faster = ratio(times, seconds[0])
+      speeds[work]["beside"][label] = {
+        "tokens_per_s": round(rate, 1),
+        "ratio": round(times_faster, 3),
+        "target": target,
+      }
+      start = f"{work:<11}{rates[0]:>9,.0f}" if i == 0 else " " * 20
+      goal = f"{target:.1f}" if target else "-"
+      print(f"{start}   {label:<28}{rate:>9,.0f}{times_faster:>8.2f}{goal:>8}", flush=True)
+      if work == "greedy" and library == TORCH:
+        same = answer["result"]["tokens"] == ours["tokens"]
+    if not others:
+      print(f"{work:<11}{rates[0]:>9,.0f}   -", flush=True)
+    if work == "ragged":
+      counters |= {name: ours[name] for name in ("busy_while_queued", "busy")}
+    if work == "shared":
+      counters |= shared_counters(ours, first[-1]["result"], args.page)
+  return speeds, counters, same
+
+
+def shared_counters(shared: dict, copies: dict, page: int) -> dict:
+  """What 16 attempts at one prompt cost, and what they cost at 16 prompts of that length."""
+  new = ATTEMPTS * math.ceil(NEW / page)
+  return {
+    "prefilled_tokens": (shared["prefilled"], copies["prefilled"]),
+    "peak_pages": (shared["peak_pages"], copies["peak_pages"]),
+    "pages_of_prompts": (shared["peak_pages"] - new, copies["peak_pages"] - new),
+  }
+
+
+def long_maximum(workers: dict, args) -> dict:
+  """Decode time per token with a maximum 16 times what is used, over one of what is used."""
+  used = PROMPT + NEW
+  short, long = (decode_work(SLOTS, PROMPT, NEW, maximum) for maximum in (used, LONG_MAXIMUM))
+  contestants = [(OURS, short), (OURS, long)]
+  if TUNIX in workers:
+    contestants += [(TUNIX, "sample"), (TUNIX, f"sample:{LONG_MAXIMUM}")]
+  _, seconds = rounds(workers, contestants, args.repeats)
+  figures = {"ratio": round(ratio(seconds[1], seconds[0]), 3), "target": LONG_TARGET}
+  if TUNIX in workers:
+    figures["tunix_ratio"] = round(ratio(seconds[3], seconds[2]), 3)
+  return figures
+
+
+def sweep(workers: dict, args) -> list[dict]:
+  """Decode steps over context x slots."""
+  print(f"{'context':>7}{'slots':>7}{'ms a step':>11}{'tokens/s':>10}{'ratio to transformers':>24}")
+  points = []
+  for context in args.contexts:
+    for slots in args.slots:
+      work = decode_work(slots, context, SWEEP_NEW, context + SWEEP_NEW)
+      contestants = [(name, work) for name in (OURS, TORCH) if name in workers]
+      _, seconds = rounds(workers, contestants, args.repeats)
+      step = statistics.median(seconds[0]) / SWEEP_NEW
+      beside = ratio(seconds[1], seconds[0]) if len(contestants) > 1 else None
+      point = {"context": context, "slots": slots, "ms_per_step": round(1e3 * step, 3)}
+      point |= {"tokens_per_s": round(slots / step, 1), "ratio": beside and round(beside, 3)}
+      points.append(point)
+      faster = f"{beside:.2f}" if beside else "-"
+      row = f"{context:>7,}{slots:>7}{1e3 * step:>11.2f}{slots / step:>10,.0f}{faster:>24}"
+      print(row, flush=True)
+  return points
+
+
+def print_counters(counters: dict) -> None:
+  if "busy" in counters:
+    queued, whole = counters["busy_while_queued"], counters["busy"]
+    during = "-" if queued is None else f"{queued:.3f}"
+    print(
+      f"ragged: slots busy while requests queue {during} (target {BUSY_TARGET}), all {whole:.3f}"
+    )
+  for name in ("prefilled_tokens", "peak_pages", "pages_of_prompts"):
+    if name in counters:
+      one, many = counters[name]
+      what, goal = name.replace("_", " "), f"target {SHARED_TARGET:.1f}"
+      print(f"shared: {what} {one:,}, 16 prompts {many:,}: {many / one:.2f} times less ({goal})")
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add("--repeats", type=int, default=9, help="rounds of each work")
+  add("--work", nargs="+", choices=WORK, default=list(WORK))
+  add("--requests", type=int, default=64, help="in the ragged and the straggler mix: 8, 16, ...")
+  add("--contexts", type=int, nargs="+", default=[128, 512, 2048], help="of the sweep")
+  add("--slots", type=int, nargs="+", default=[1, 8, 32], help="of the sweep")
+  add("--lanes", type=int, default=0, help="engines on the device; 0: 2 on a CPU, 1 elsewhere")
+  add("--page", type=int, default=16, help="tokens of a page")
+  add("--chunk", type=int, default=64, help="tokens decoded per host call")
+  add("--prefill-rows", type=int, default=4, help="pieces of 64 prompt tokens computed at once")
+  add("--tunix-python", default=sys.executable, help="an interpreter that has google-tunix 0.1.7")
+  add("--seed", type=int, default=0, help="of weights, tokens and mixes")
+  add("--worker", choices=tuple(LIBRARIES), help=argparse.SUPPRESS)
+  add("--folder", help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.worker:
+    work_for_parent(args)
+    return 0
+  if args.requests < SLOTS or args.requests % SLOTS:
+    parser.error(f"--requests={args.requests}: must be a multiple of {SLOTS}")
+  if not shutil.which(args.tunix_python):
+    parser.error(f"--tunix-python={args.tunix_python}: there is no such program")
+
+  with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    make_folder(folder, args.seed, args.requests, args.contexts, args.slots)
+    workers, about = start_workers(folder, args)
+    speeds, counters, same = compare(workers, args)
+    print_counters(counters)
+    long = None
+    if "long" in args.work:
+      long = long_maximum(workers, args)
+      line = f"long: time per token, max_length {LONG_MAXIMUM:,} over {PROMPT + NEW}: "
+      theirs = f"; tunix's {long['tunix_ratio']:.2f}" if "tunix_ratio" in long else ""
+      print(f"{line}{long['ratio']:.2f} (target {LONG_TARGET}){theirs}", flush=True)
+    points = sweep(workers, args) if "sweep" in args.work else []
+    for worker in workers.values():
+      worker.stop()
+  print(f"greedy tokens equal: {same}")
+  figures = {
+    "speed": speeds,
+    "counters": counters,
+    "long_maximum": long,
+    "sweep": points,
+    "same_greedy_tokens": same,
+    "device": about[OURS]["device"],
+    "repeats": args.repeats,
+    "requests": args.requests,
+    "lanes": about[OURS]["lanes"],
+    "page": args.page,
+    "chunk": args.chunk,
+    "cores": len(os.sched_getaffinity(0)),
+    "date": datetime.date.today().isoformat(),
+    "versions": {"python": platform.python_version()}
+    | {package: version for one in about.values() for package, version in one["versions"].items()},
+  }
+  print(json.dumps(figures))
+  return 1 if same is False and about[OURS]["device"] == "cpu" else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
