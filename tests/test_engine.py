@@ -23,7 +23,10 @@ from engines import (
 
 from qed_jax.model import qwen3
 from qed_jax.records import Batch
+from qed_jax.rollout import sampling
 from qed_jax.rollout.requests import Request, RequestError
+
+NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,94 @@ def test_attempts_of_a_prompt_differ_and_share_its_prefill(tiny):
   assert texts == [tuple(c.tokens.tolist()) for c in engine.generate(requests)]
   changed_seed = [dataclasses.replace(r, seed=1) for r in requests]
   assert not set(texts) & {tuple(c.tokens.tolist()) for c in engine.generate(changed_seed)}
+
+
+# How a request asks for it, and sampling.Controls of the same.
+ASKED = {
+  "nothing": ({}, {}),
+  "greedy": ({"temperature": 0.0}, {"temperature_B": 0.0}),
+  "temperature": ({"temperature": 0.6}, {"temperature_B": 0.6}),
+  "top_k": ({"top_k": 4}, {"top_k_B": 4}),
+  "top_p": ({"top_p": 0.5}, {"top_p_B": 0.5}),
+  "min_p": ({"min_p": 0.4}, {"min_p_B": 0.4}),
+  "repetition": ({"repetition_penalty": 9.0}, {"repetition_B": 9.0}),
+  "presence": ({"presence_penalty": 3.0}, {"presence_B": 3.0}),
+  "frequency": ({"frequency_penalty": -2.0}, {"frequency_B": -2.0}),
+  "bias": ({"logit_bias": ((7, 3.0), (8, -INF))}, {"biased_B": True}),
+  "seed and attempt": ({"seed": 2**32 + 9, "attempt": 77}, {}),
+  "truncated": ({"top_k": 9, "top_p": 0.7, "temperature": 1.3, "min_p": 0.05},
+                {"top_k_B": 9, "top_p_B": 0.7, "temperature_B": 1.3, "min_p_B": 0.05}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("truncated_logp", [False, True], ids=["full", "truncated"])
+def test_what_is_asked_for_is_what_is_sampled(tiny, truncated_logp):
+  """Token by token: the whole text run again without a cache, and the sampler on its last logits,
+  told directly. Every attempt, in a batch where each asks for something else."""
+  config, params = tiny
+  requests = [
+    dataclasses.replace(Request((5, 9, 2, 9), 3, 4, 12, 1.0), **asked)
+    for asked, _ in ASKED.values()
+  ]
+  engine = make_engine(tiny, stop_ids=(), truncated_logp=truncated_logp)
+  completions = engine.generate(requests)
+  rows = len(requests)
+  controls = sampling.neutral(rows)
+  for i, (_, values) in enumerate(ASKED.values()):
+    for name, value in values.items():
+      getattr(controls, name)[i] = value
+  bias_BV = np.zeros((rows, VOCAB), np.float32)
+  bias_BV[list(ASKED).index("bias"), [7, 8]] = 3.0, -np.inf
+  words = [
+    np.array(x, np.uint32)
+    for x in zip(
+      *((r.seed % 2**32, sampling.prompt_id(r.prompt_tokens), r.attempt) for r in requests),
+      strict=True,
+    )
+  ]
+  key_B = sampling.attempt_keys(*words)
+
+  @jax.jit
+  def draw(tokens_BT, n, counts_BV):
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    x_BTD = qwen3.hidden(config, params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
+    logits_BV = qwen3.logits(config, params, x_BTD[:, n - 1])
+    history = sampling.History(counts_BV, jnp.asarray(bias_BV))
+    at_B = jnp.full(rows, n, jnp.int32)
+    return sampling.sample(logits_BV, key_B, at_B, controls, history, truncated_logp)
+
+  tokens_BT = np.zeros((rows, 16), np.int32)
+  tokens_BT[:, :4] = requests[0].prompt_tokens
+  counts_BV = np.zeros((rows, VOCAB), np.int32)
+  counts_BV[:, [5, 9, 2]] = sampling.PROMPT
+  for n in range(4, 16):
+    drawn = draw(tokens_BT, n, counts_BV)
+    tokens_BT[:, n] = drawn.token_B
+    counts_BV[np.arange(rows), tokens_BT[:, n]] += 1
+    np.testing.assert_array_equal([c.tokens[n - 4] for c in completions], drawn.token_B)
+    found_B = [c.logprobs[n - 4] for c in completions]
+    np.testing.assert_allclose(found_B, drawn.logp_B, atol=1e-5)
+  assert len({tuple(c.tokens.tolist()) for c in completions}) == rows
+
+
+def test_any_stop_id_ends_an_attempt(tiny):
+  """The engine's own and the request's: up to and with the first one, as without stopping."""
+  free, engine = make_engine(tiny, stop_ids=()), make_engine(tiny, stop_ids=(STOP, 20))
+  requests = ragged_requests(12, seed=8, max_tokens=20, temperature=1.0)
+  asked = [
+    dataclasses.replace(r, stop_ids=((), (9, 10), (33,))[i % 3]) for i, r in enumerate(requests)
+  ]
+  ends = []
+  for request, whole, cut in zip(
+    asked, free.generate(requests), engine.generate(asked), strict=True
+  ):
+    stops = (STOP, 20, *request.stop_ids)
+    n = next((i + 1 for i, t in enumerate(whole.tokens) if t in stops), len(whole.tokens))
+    assert cut.tokens.tolist() == whole.tokens[:n].tolist()
+    np.testing.assert_array_equal(cut.logprobs, whole.logprobs[:n])
+    assert cut.finish_reason == ("stop" if cut.tokens[-1] in stops else "length")
+    ends.append(int(cut.tokens[-1]))
+  assert {STOP, 20} & set(ends) and {9, 10, 33} & set(ends)
 
 
 def test_max_length_bounds_prompt_and_new_tokens(tiny):
@@ -130,7 +221,6 @@ def test_pieces_join_to_the_completion(tiny):
 # --- bad input
 
 
-NAN, INF = float("nan"), float("inf")
 BAD = {
   "the prompt is empty": {"prompt_tokens": ()},
   "the prompt has 40 tokens, this engine takes 39": {"prompt_tokens": (1,) * 40},
@@ -422,6 +512,23 @@ def test_on_piece_may_abort(tiny, changes):
   assert {ticket for ticket, _ in finished} | gone == {*tickets}
   chosen = [(requests[t - 1], wanted[t - 1], c) for t, c in finished]
   assert near_ties(tiny, *zip(*chosen, strict=True)) == 0
+  assert_nothing_is_left(engine)
+
+
+def test_an_attempt_can_be_aborted_in_the_step_that_pushes_it_out(tiny):
+  """Between its replica giving up its pages and the queue taking it back it is found too."""
+  engine, gone = make_engine(tiny, lanes=2, pages=12, slots=6), set()
+
+  def abort_the_pushed_out(piece):
+    for replica in engine.replicas:
+      for running in list(replica.preempted):
+        engine.abort(running.ticket)
+        gone.add(running.ticket)
+
+  requests = ragged_requests(40, seed=5, max_tokens=22, logit_bias=((STOP, -INF),))
+  tickets = [engine.submit(request, abort_the_pushed_out) for request in requests]
+  assert sorted(drain(engine)) == sorted({*tickets} - gone)
+  assert gone
   assert_nothing_is_left(engine)
 
 

@@ -136,6 +136,8 @@ def test_attempts_do_push_one_another_out(tiny, roomy, crowded):
     oldest = min((r.ticket for rep in crowded.replicas for r in rep.running.values()), default=0)
     crowded.step()
     assert_pages_add_up(crowded)
+    queued = [r.ticket for r in crowded._waiting]
+    assert queued == sorted(queued)  # who was pushed out comes before those who came later
     finished += crowded.poll()
     running = {r.ticket for replica in crowded.replicas for r in replica.running.values()}
     assert not oldest or oldest in running | {ticket for ticket, _ in finished}

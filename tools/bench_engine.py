@@ -231,18 +231,24 @@ class Transformers(Static):
       **cache,
     )
 
+  def prepare(self, work: str) -> None:
+    if not work.startswith("decode:"):
+      return
+    slots, context, _, _ = map(int, work.partition(":")[2].split(","))
+    if work not in self.caches:
+      self.caches = {work: self.transformers.DynamicCache()}  # one at a time: they are large
+      with self.torch.inference_mode():
+        before = self.torch.tensor(self.prompts[:slots, : context - 1], device=self.device)
+        self.model(before, past_key_values=self.caches[work], logits_to_keep=1)
+    new = self.caches[work].get_seq_length() - (context - 1)
+    if new:
+      self.caches[work].crop(-new)
+
   def run(self, work: str) -> dict:
     if not work.startswith("decode:"):
       return super().run(work)
     slots, context, new, _ = map(int, work.partition(":")[2].split(","))
-    prompts = self.prompts[:slots, :context]
-    if work not in self.caches:
-      self.caches = {work: self.transformers.DynamicCache()}  # one at a time: they are large
-      with self.torch.inference_mode():
-        before = self.torch.tensor(prompts[:, :-1], device=self.device)
-        self.model(before, past_key_values=self.caches[work], logits_to_keep=1)
-    cache = self.caches[work]
-    cache.crop(context - 1)
+    prompts, cache = self.prompts[:slots, :context], self.caches[work]
     out = self._generate(prompts, np.ones_like(prompts), new, False, past_key_values=cache)
     return {"sampled": len(out[:, context:].tolist()) * new, "tokens": None}
 
@@ -530,8 +536,10 @@ def compare(workers: dict, args) -> tuple[dict, dict, bool | None]:
   """(speeds, counters, whether greedy tokens are the same) of the works that have rows."""
   speeds, counters, same = {}, {}, None
   head = f"{'work':<11}{'tokens/s':>9}   {'beside':<28}{'tokens/s':>9}{'ratio':>8}{'target':>8}"
-  print(head, flush=True)
-  for work in (w for w in OTHERS if w in args.work):
+  wanted = [work for work in OTHERS if work in args.work]
+  if wanted:
+    print(head, flush=True)
+  for work in wanted:
     others = [other for other in OTHERS[work] if other[0] in workers]
     contestants = [(OURS, work), *((library, how) for library, how, _, _ in others)]
     first, seconds = rounds(workers, contestants, args.repeats)
@@ -587,7 +595,8 @@ def long_maximum(workers: dict, args) -> dict:
 
 def sweep(workers: dict, args) -> list[dict]:
   """Decode steps over context x slots."""
-  print(f"{'context':>7}{'slots':>7}{'ms a step':>11}{'tokens/s':>10}{'ratio to transformers':>24}")
+  head = f"{'context':>7}{'slots':>7}{'ms a step':>11}{'tokens/s':>10}{'ratio to transformers':>24}"
+  print(head, flush=True)
   points = []
   for context in args.contexts:
     for slots in args.slots:

@@ -175,7 +175,8 @@ def greedy_decoding(config, params, model, rng, greedy: dict):
   padded_PT = np.zeros((len(prompts), lengths_P.max()), np.int32)
   for row, prompt in zip(padded_PT, prompts, strict=True):
     row[: prompt.shape[1]] = prompt[0]
-  cache = kv_cache.create(config, len(prompts), int(lengths_P.max()) + new, jnp.float32)
+  length = int(lengths_P.max()) + new
+  cache = kv_cache.create(config, len(prompts), length, "float32", by_layer=False)
   logits_PV, cache = our_prefill(config, params, cache, padded_PT, lengths_P)
   ours_PTV = np.zeros_like(theirs_PTV)
   for t in range(new):
@@ -220,15 +221,17 @@ def their_greedy(model, tokens_BT, new: int):
 
 @jax.jit(static_argnums=0)
 def our_prefill(config, params, cache, tokens_BT, lengths_B):
-  x_BTD, k_LBTKH, v_LBTKH = qwen3.prefill(config, params, tokens_BT)
-  cache = kv_cache.insert(cache, jnp.arange(len(tokens_BT)), k_LBTKH, v_LBTKH)
+  """A page a prompt; what comes after a prompt is padding."""
+  step_1T = jnp.arange(tokens_BT.shape[1])[None]
+  positions_BT = jnp.where(step_1T < lengths_B[:, None], step_1T, -1)
+  x_BTD, cache = qwen3.extend(config, params, tokens_BT, positions_BT, cache)
   last_BD = x_BTD[jnp.arange(len(tokens_BT)), lengths_B - 1]
   return qwen3.logits(config, params, last_BD), cache
 
 
 @jax.jit(static_argnums=0)
 def our_step(config, params, cache, tokens_BT, positions_BT):
-  x_BTD, cache = qwen3.decode(config, params, tokens_BT, positions_BT, cache)
+  x_BTD, cache = qwen3.extend(config, params, tokens_BT, positions_BT, cache)
   return qwen3.logits(config, params, x_BTD[:, -1]), cache
 
 

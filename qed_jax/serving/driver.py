@@ -176,6 +176,8 @@ class Driver:
       try:
         verb, job, rest = self._commands.get(block=idle)
       except queue.Empty:
+        if self._news:  # who was accepted hears of it before the step
+          self._report()
         return True
       if verb == "stop":
         self._drop_all(EngineFailed(ENDED))
