@@ -1,7 +1,5 @@
 """How the engine runs: what is compiled, moved, dispatched and computed, and that nothing leaks."""
 
-import math
-
 import jax
 import numpy as np
 import pytest
@@ -233,15 +231,12 @@ def test_the_first_in_the_queue_comes_first(tiny):
   assert started == list(range(12))
 
 
-@pytest.mark.parametrize(
-  "shape", [(2, 1, 2), pytest.param((2, 2, 2), marks=pytest.mark.slow), (1, 1, 8)]
-)
+@pytest.mark.parametrize("shape", [(1, 1, 8), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_a_mesh_gives_the_same_tokens(tiny, shape):
   """Replicas over data and fsdp, heads over tensor: refills, sharing and all."""
   requests = related_requests(14)
   one = make_engine(tiny, slots=8).generate(requests)
-  mesh = make_mesh(*shape, jax.devices()[: math.prod(shape)])
-  engine = make_engine(tiny, slots=8, mesh=mesh)
+  engine = make_engine(tiny, slots=8, mesh=make_mesh(*shape))
   assert len(engine.replicas) == shape[0] * shape[1]
   eight = engine.generate(requests)
   assert near_ties(tiny, requests, one, eight) == 0

@@ -125,7 +125,7 @@ def test_what_is_not_finite_reaches_those_who_see_it_and_no_others(dtype, bad):
   """The token's key is nan, its value 0: queries from it on are nan, all others are the same to the
   bit, and whoever owns the page next does not notice. In float16 1e38 is infinite."""
   rng = np.random.default_rng(0)
-  finite = abs(bad) < np.finfo("float16" if dtype == "float16" else "float32").max
+  finite = abs(bad) < float(np.finfo("float16" if dtype == "float16" else "float32").max)
   cache, _ = filled(rng, dtype)
   k_BTKH, v_BTKH, _ = new_tokens(rng)
   at_BT = np.where(np.arange(T) == 0, np.array([[-1], [5], [7]]), -1).astype(np.int32)
