@@ -1,6 +1,8 @@
 """The programs of sampler.py on one set of devices: dispatched in order, without waiting."""
 
 import dataclasses
+import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -60,23 +62,33 @@ class Device:
   """The sampling state on a mesh, donated from call to call, and the parameters it samples with.
 
   Every method takes numpy arrays, places them and dispatches one program; only the host arrays of
-  a Chunk are ever read back, by whoever asked for it.
+  a Chunk are ever read back, by whoever asked for it. own_thread: dispatch from a thread of its
+  own. What one thread dispatches, XLA's CPU client runs in that order, one after the other, even
+  programs that share nothing; so lanes that are to run side by side need a thread each.
   """
 
   def __init__(
-    self, config: Qwen3Config, mesh, shapes: Shapes, *, truncated_logp: bool, by_layer: bool
+    self,
+    config: Qwen3Config,
+    mesh,
+    shapes: Shapes,
+    *,
+    truncated_logp: bool,
+    by_layer: bool,
+    own_thread: bool,
   ):
     self.config, self.mesh, self.shapes = config, mesh, shapes
     self.truncated_logp, self.params = truncated_logp, None
+    self._thread = ThreadPoolExecutor(1, "lane") if own_thread else None
     dtype = shapes.kv_dtype or config.dtype
     self._state = sampler.create_state(
       config, shapes.slots, shapes.pool, shapes.page, dtype, by_layer, mesh
     )
 
   def prefill(self, tokens_RT, first_R, count_R, table_RP) -> None:
-    with jax.set_mesh(self.mesh):
-      rows = self._place((tokens_RT, first_R, count_R, table_RP))
-      kv_cache = sampler.prefill(self.config, self.params, self._state.kv_cache, *rows)
+    program = functools.partial(sampler.prefill, self.config, self.params)
+    rows = (tokens_RT, first_R, count_R, table_RP)
+    kv_cache = self._dispatch(program, self._state.kv_cache, rows)
     self._state = dataclasses.replace(self._state, kv_cache=kv_cache)
 
   def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
@@ -85,31 +97,25 @@ class Device:
     source_R, target_R = np.zeros(R, np.int32), np.full(R, self.shapes.pool, np.int32)
     for i, (source, target) in enumerate(pairs):
       source_R[i], target_R[i] = source, target
-    with jax.set_mesh(self.mesh):
-      placed = self._place((source_R, target_R))
-      kv_cache = sampler.copy_pages(self._state.kv_cache, *placed)
+    rows = (source_R, target_R)
+    kv_cache = self._dispatch(sampler.copy_pages, self._state.kv_cache, rows)
     self._state = dataclasses.replace(self._state, kv_cache=kv_cache)
 
   def admit(self, ready: list[Running], vacated: list[int], stop_ids: tuple[int, ...]) -> None:
     """Starts attempts whose context is computed, and stops the slots of those that left."""
     V = self.config.vocab_size
-    with jax.set_mesh(self.mesh):
-      rows = attempt_rows(self.shapes.slots, ready, vacated, stop_ids)
-      self._state = sampler.admit(self._state, self._place(rows))
-      for running in ready:
-        if running.remembers:
-          self._recall(running.slot, running.counts(V), running.bias(V))
+    rows = attempt_rows(self.shapes.slots, ready, vacated, stop_ids)
+    self._state = self._dispatch(sampler.admit, self._state, (rows,))
+    for running in ready:
+      if running.remembers:
+        self._recall(running.slot, running.counts(V), running.bias(V))
 
   def decode(self, table_BP, fewest: int) -> sampler.Chunk:
-    with jax.set_mesh(self.mesh):
-      self._state, chunk = sampler.decode(
-        self.config,
-        self.params,
-        self._state,
-        *self._place((table_BP, np.int32(fewest))),
-        chunk=self.shapes.chunk,
-        truncated_logp=self.truncated_logp,
-      )
+    def program(state, table_BP, fewest):
+      static = {"chunk": self.shapes.chunk, "truncated_logp": self.truncated_logp}
+      return sampler.decode(self.config, self.params, state, table_BP, fewest, **static)
+
+    self._state, chunk = self._dispatch(program, self._state, (table_BP, np.int32(fewest)))
     return chunk
 
   def warm_up(self) -> None:
@@ -122,15 +128,20 @@ class Device:
       self.decode(np.zeros((B, width), np.int32), fewest=B + 1)
     self.copy_pages([])
     self.admit([], [], ())
-    with jax.set_mesh(self.mesh):
-      self._recall(0, np.zeros(V, np.int32), np.zeros(V, np.float32))
+    self._recall(0, np.zeros(V, np.int32), np.zeros(V, np.float32))
 
   def _recall(self, slot: int, counts_V, bias_V) -> None:
-    row = self._place((np.int32(slot), counts_V, bias_V))
-    self._state = sampler.recall(self._state, *row)
+    row = (np.int32(slot), counts_V, bias_V)
+    self._state = self._dispatch(sampler.recall, self._state, row)
 
-  def _place(self, tree):
-    return sharding.replicate(self.mesh, tree)
+  def _dispatch(self, program, state, arrays: tuple):
+    """program(state, *arrays), the arrays on the devices of the mesh."""
+
+    def call():
+      with jax.set_mesh(self.mesh):
+        return program(state, *sharding.replicate(self.mesh, arrays))
+
+    return call() if self._thread is None else self._thread.submit(call).result()
 
 
 def attempt_rows(

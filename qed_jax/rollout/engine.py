@@ -67,6 +67,7 @@ class Engine:
         stop_ids=self.stop_ids,
         truncated_logp=truncated_logp,
         by_layer=weights.by_layer(replica_mesh),
+        own_thread=lanes > 1,
       )
       for replica_mesh in meshes
       for _ in range(lanes)

@@ -61,9 +61,17 @@ class Replica:
     stop_ids: tuple[int, ...],
     truncated_logp: bool,
     by_layer: bool,
+    own_thread: bool,
   ):
     self.shapes, self.stop_ids = shapes, stop_ids
-    self.device = Device(config, mesh, shapes, truncated_logp=truncated_logp, by_layer=by_layer)
+    self.device = Device(
+      config,
+      mesh,
+      shapes,
+      truncated_logp=truncated_logp,
+      by_layer=by_layer,
+      own_thread=own_thread,
+    )
     self.pages = Pages(shapes.pool)
     self.index = PrefixIndex(self.pages, shapes.page)
     self.counters = Counters()

@@ -179,7 +179,6 @@ def decode(
   sampled, reported and ends the attempt; logits that are not finite end it without a token.
   """
   slots = state.token_B.shape[0]
-  model = model_view(config, params)
   pages = state.kv_cache
   # Pages of one layer each are those of a CPU, where it pays to lay a slot's side by side for the
   # whole chunk. Rounding twice to int8 would not be what rounding once is.
@@ -200,6 +199,7 @@ def decode(
   def one_token(loop):
     step, state, sampled, count_B, failed_B = loop
     active_B = state.remaining_B > 0
+    model = model_view(config, params)  # here, where its transposes fold into the products
     x_BTD, kv_cache = qwen3.extend(
       *model, state.token_B[:, None], state.position_B[:, None], state.kv_cache
     )
