@@ -6,8 +6,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
   os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
-# A collective holds a thread of XLA's pool until all eight devices have come, and a device may be in
-# two at once: with the eight threads that the pool has by default, two half-met collectives hang.
+# A collective holds a thread of XLA's pool until all eight devices are there, and a device can be
+# in two at once: with eight threads, as many as there are by default, two half-met ones hang.
 os.environ.setdefault("PJRT_NPROC", "32")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,5 +1,7 @@
 """How the engine runs: what is compiled, moved, dispatched and computed, and that nothing leaks."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from engines import (
   since,
 )
 
+from qed_jax import sharding
 from qed_jax.rollout import sampler
 from qed_jax.rollout.requests import Request
 from qed_jax.sharding import make_mesh
@@ -92,12 +95,12 @@ def test_the_next_chunk_is_dispatched_before_the_last_one_is_read(tiny):
 
   def dispatch(*given):
     chunk = decode(*given)
-    numbers[id(chunk.tokens_BC)] = len(numbers)
+    numbers[id(chunk)] = len(numbers)
     events.append(("dispatch", len(numbers) - 1))
     return chunk
 
   def note(flight):
-    events.append(("read", numbers[id(flight.chunk.tokens_BC)]))
+    events.append(("read", numbers[id(flight.chunk)]))
     read(flight)
 
   replica.device.decode, replica._read = dispatch, note
@@ -287,3 +290,50 @@ def test_a_long_run_leaks_nothing(tiny, changes):
     wanted = alone(make_engine(tiny), [requests[i] for i in some])
     ties = near_ties(tiny, [requests[i] for i in some], wanted, [results[i] for i in some])
     assert ties <= 1
+
+
+def compiled_decode(replica) -> str:
+  """What XLA made of the decode loop."""
+  device, shapes = replica.device, replica.shapes
+  table_BP = np.zeros((shapes.rows, shapes.widths[0]), np.int32)
+  rows = sharding.replicate(device.mesh, (table_BP, np.int32(1)))
+  with jax.set_mesh(device.mesh):
+    lowered = sampler.decode.lower(
+      device.config, device.params, device._state, *rows, chunk=8, truncated_logp=False
+    )
+    return lowered.compile().as_text()
+
+
+def test_no_weight_is_copied_to_decode(tiny):
+  """What turns a CPU's weights back to the model's layout folds into the products: carried into the
+  loop from outside it was a copy of every weight a chunk, and slower products (a third of all)."""
+  replica = make_engine(tiny, slots=4).replicas[0]
+  program = compiled_decode(replica)
+  parameters = jax.tree.leaves(replica.device.params)
+  weights = {str(sorted(x.shape)) for x in parameters if x.ndim > 1}
+  moved = re.findall(r" = f32\[([\d,]+)\]\S* (?:copy|transpose)\(", program)
+  assert weights and not weights & {str(sorted(map(int, shape.split(",")))) for shape in moved}
+
+
+def test_decode_over_tensor_gathers_the_vocabulary_only_where_asked(tiny):
+  """Logits, penalties and bias stay split, and counting a token moves no row of counts: what is as
+  wide as the vocabulary is gathered in branches alone, such as that of top-k."""
+  engine = make_engine(tiny, slots=8, mesh=make_mesh(1, 1, 8))
+  program = compiled_decode(engine.replicas[0])
+  gathered = re.findall(r" = \w+\[([\d,]+)\]\S* all-gather\(.*op_name=\"([^\"]*)\"", program)
+  wide = [name for shape, name in gathered if str(VOCAB) in shape.split(",")]
+  assert wide and all("/cond/" in name for name in wide)
+
+
+def test_what_fails_in_a_lane_is_raised_ever_after(tiny):
+  """A lane dispatches from a thread of its own: a prefill that failed there must not be followed by
+  decoding as if it had run."""
+  engine = make_engine(tiny, lanes=2)
+  requests = ragged_requests(6)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sampler, "prefill", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+    with pytest.raises(MemoryError, match="no room"):
+      engine.generate(requests)
+  with pytest.raises(MemoryError, match="no room"):
+    while engine.unfinished:
+      engine.step()

@@ -375,3 +375,13 @@ def test_no_request_compiles_anything():
   for kind in KINDS.values():
     sample(np.zeros((ROWS, 40), np.float32), controls({}, kind, top_logprobs=True))
   assert traced_sample._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("count", [1, 17, 272, 9624])
+def test_the_noise_is_that_of_jax(count):
+  """To the last bit, whatever the key; so are the platforms that share the formula."""
+  words = np.random.default_rng(count).integers(0, 2**32, (3, 40), dtype=np.uint32)
+  words[:, :2] = 0, 2**32 - 1
+  key_B = sampling.attempt_keys(*words)
+  expected = jax.vmap(lambda key: jax.random.gumbel(key, (count,), jnp.float32))(key_B)
+  np.testing.assert_array_equal(jax.jit(sampling.gumbel, static_argnums=1)(key_B, count), expected)

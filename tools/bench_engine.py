@@ -11,7 +11,7 @@ from the list of prompts to the list of tokens. Work:
   ragged           64 requests, prompts of 8 to 64 tokens, 8 to 64 new, uniform; 8 slots
   straggler        64 requests of 64 tokens and 16 new, but for one with 160 new at a random place
                    in each 8 consecutive ones: a batch of 8 takes 160 steps for 272 tokens
-  shared           16 attempts of 64 tokens at one prompt of 512, in 16 slots
+  shared           16 attempts of 64 tokens at one prompt of 512, in 16 slots of one lane
   long             a decode step of 8 attempts with 128 tokens, max_length 2,048 over max_length 128
   sweep            a decode step over tokens of context x slots, 32 new tokens
 
@@ -347,7 +347,9 @@ class Ours:
     """spare: pages for each slot beside those that `maximum` tokens need."""
     if key in self.engines:
       return self.engines[key]
-    args, lanes = self.args, self.lanes if slots % self.lanes == 0 else 1
+    args = self.args
+    # Every lane has pages of its own and would compute the shared prompt once more.
+    lanes = 1 if key in ("shared", "copies") or slots % self.lanes else self.lanes
     pages = slots * (math.ceil(maximum / args.page) + spare) if spare else 0
     engine = self.Engine(
       self.config,
@@ -641,7 +643,7 @@ def main() -> int:
   add("--lanes", type=int, default=0, help="engines on the device; 0: 2 on a CPU, 1 elsewhere")
   add("--page", type=int, default=16, help="tokens of a page")
   add("--chunk", type=int, default=64, help="tokens decoded per host call")
-  add("--prefill-rows", type=int, default=4, help="pieces of 64 prompt tokens computed at once")
+  add("--prefill-rows", type=int, default=2, help="pieces of 64 prompt tokens computed at once")
   add("--tunix-python", default=sys.executable, help="an interpreter that has google-tunix 0.1.7")
   add("--seed", type=int, default=0, help="of weights, tokens and mixes")
   add("--worker", choices=tuple(LIBRARIES), help=argparse.SUPPRESS)

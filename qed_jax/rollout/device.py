@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -45,6 +45,11 @@ class Shapes:
     return 1 + max(longest + 1, self.pages or self.slots * longest)
 
   @property
+  def rows(self) -> int:
+    """Rows of the decode loop. A product with one is a vector's: four times slower on a CPU."""
+    return max(2, self.slots)
+
+  @property
   def widths(self) -> tuple[int, ...]:
     """Pages of a table, ascending: powers of two, so that few programs serve all lengths."""
     longest = self.pages_for(self.max_length)
@@ -63,8 +68,9 @@ class Device:
 
   Every method takes numpy arrays, places them and dispatches one program; only the host arrays of
   a Chunk are ever read back, by whoever asked for it. own_thread: dispatch from a thread of its
-  own. What one thread dispatches, XLA's CPU client runs in that order, one after the other, even
-  programs that share nothing; so lanes that are to run side by side need a thread each.
+  own, which nobody waits for. XLA's CPU client runs what one thread dispatched one after the other,
+  even programs that share nothing, and small ones while the caller waits; so lanes that are to run
+  side by side need a thread each. What fails there is raised by every later Chunk.
   """
 
   def __init__(
@@ -80,16 +86,15 @@ class Device:
     self.config, self.mesh, self.shapes = config, mesh, shapes
     self.truncated_logp, self.params = truncated_logp, None
     self._thread = ThreadPoolExecutor(1, "lane") if own_thread else None
+    self._failure: BaseException | None = None
     dtype = shapes.kv_dtype or config.dtype
     self._state = sampler.create_state(
-      config, shapes.slots, shapes.pool, shapes.page, dtype, by_layer, mesh
+      config, shapes.rows, shapes.pool, shapes.page, dtype, by_layer, mesh
     )
 
   def prefill(self, tokens_RT, first_R, count_R, table_RP) -> None:
     program = functools.partial(sampler.prefill, self.config, self.params)
-    rows = (tokens_RT, first_R, count_R, table_RP)
-    kv_cache = self._dispatch(program, self._state.kv_cache, rows)
-    self._state = dataclasses.replace(self._state, kv_cache=kv_cache)
+    self._on_pages(program, (tokens_RT, first_R, count_R, table_RP))
 
   def copy_pages(self, pairs: list[tuple[int, int]]) -> None:
     """(from, to), at most prefill_rows of them."""
@@ -97,64 +102,78 @@ class Device:
     source_R, target_R = np.zeros(R, np.int32), np.full(R, self.shapes.pool, np.int32)
     for i, (source, target) in enumerate(pairs):
       source_R[i], target_R[i] = source, target
-    rows = (source_R, target_R)
-    kv_cache = self._dispatch(sampler.copy_pages, self._state.kv_cache, rows)
-    self._state = dataclasses.replace(self._state, kv_cache=kv_cache)
+    self._on_pages(sampler.copy_pages, (source_R, target_R))
 
   def admit(self, ready: list[Running], vacated: list[int], stop_ids: tuple[int, ...]) -> None:
     """Starts attempts whose context is computed, and stops the slots of those that left."""
     V = self.config.vocab_size
-    rows = attempt_rows(self.shapes.slots, ready, vacated, stop_ids)
-    self._state = self._dispatch(sampler.admit, self._state, (rows,))
+    rows = attempt_rows(self.shapes.rows, ready, vacated, stop_ids)
+    self._dispatch(lambda state, rows: (sampler.admit(state, rows), None), (rows,))
     for running in ready:
       if running.remembers:
         self._recall(running.slot, running.counts(V), running.bias(V))
 
-  def decode(self, table_BP, fewest: int) -> sampler.Chunk:
-    def program(state, table_BP, fewest):
-      static = {"chunk": self.shapes.chunk, "truncated_logp": self.truncated_logp}
-      return sampler.decode(self.config, self.params, state, table_BP, fewest, **static)
-
-    self._state, chunk = self._dispatch(program, self._state, (table_BP, np.int32(fewest)))
-    return chunk
+  def decode(self, table_BP, fewest: int) -> Future:
+    """A Future of the Chunk."""
+    static = {"chunk": self.shapes.chunk, "truncated_logp": self.truncated_logp}
+    program = functools.partial(sampler.decode, self.config, self.params, **static)
+    return self._dispatch(program, (table_BP, np.int32(fewest)))
 
   def warm_up(self) -> None:
     """Runs every program once on nothing: compiles what requests can need."""
-    shapes, R, B = self.shapes, self.shapes.prefill_rows, self.shapes.slots
+    shapes, R, B = self.shapes, self.shapes.prefill_rows, self.shapes.rows
     nothing_R, V = np.zeros(R, np.int32), self.config.vocab_size
     for width in shapes.widths:
       tokens_RT = np.zeros((R, shapes.prefill_tokens), np.int32)
       self.prefill(tokens_RT, nothing_R, nothing_R, np.zeros((R, width), np.int32))
-      self.decode(np.zeros((B, width), np.int32), fewest=B + 1)
+      self.decode(np.zeros((B, width), np.int32), fewest=B + 1).result()
     self.copy_pages([])
-    self.admit([], [], ())
     self._recall(0, np.zeros(V, np.int32), np.zeros(V, np.float32))
+    self.admit([], [], ())
 
   def _recall(self, slot: int, counts_V, bias_V) -> None:
-    row = (np.int32(slot), counts_V, bias_V)
-    self._state = self._dispatch(sampler.recall, self._state, row)
+    program = lambda state, *row: (sampler.recall(state, *row), None)  # noqa: E731
+    self._dispatch(program, (np.int32(slot), counts_V, bias_V))
 
-  def _dispatch(self, program, state, arrays: tuple):
-    """program(state, *arrays), the arrays on the devices of the mesh."""
+  def _on_pages(self, program, arrays: tuple) -> None:
+    def with_pages(state, *arrays):
+      return dataclasses.replace(state, kv_cache=program(state.kv_cache, *arrays)), None
+
+    self._dispatch(with_pages, arrays)
+
+  def _dispatch(self, program, arrays: tuple) -> Future:
+    """Dispatches program(state, *arrays) -> (state, result), the arrays placed on the mesh."""
 
     def call():
-      with jax.set_mesh(self.mesh):
-        return program(state, *sharding.replicate(self.mesh, arrays))
+      if self._failure is not None:  # the state is not what the host believes it to be
+        raise self._failure
+      try:
+        with jax.set_mesh(self.mesh):
+          placed = sharding.replicate(self.mesh, arrays)
+          self._state, result = program(self._state, *placed)
+      except BaseException as e:
+        self._failure = e
+        raise
+      return result
 
-    return call() if self._thread is None else self._thread.submit(call).result()
+    if self._thread is not None:
+      return self._thread.submit(call)
+    done: Future = Future()
+    done.set_result(call())
+    return done
 
 
 def attempt_rows(
-  slots: int, ready: list[Running], vacated: list[int], stop_ids: tuple[int, ...]
+  count: int, ready: list[Running], vacated: list[int], stop_ids: tuple[int, ...]
 ) -> sampler.Attempts:
-  """Rows for sampler.admit: attempts to start, and slots to stop."""
-  ints = lambda fill: np.full(slots, fill, np.int32)  # noqa: E731
-  words = lambda: np.zeros(slots, np.uint32)  # noqa: E731
-  controls = sampling.neutral(slots)
+  """`count` rows for sampler.admit: attempts to start, slots to stop, and rows that it ignores."""
+  ints = lambda fill: np.full(count, fill, np.int32)  # noqa: E731
+  words = lambda: np.zeros(count, np.uint32)  # noqa: E731
+  controls = sampling.neutral(count)
   controls.temperature_B[:] = 0  # greedy slots draw no noise: what is nobody's costs nothing
-  stop_BS = np.full((slots, sampler.MAX_STOP_IDS), sampler.NO_TOKEN, np.int32)
+  stop_BS = np.full((count, sampler.MAX_STOP_IDS), sampler.NO_TOKEN, np.int32)
   a = sampler.Attempts(
-    ints(slots), ints(0), ints(0), ints(0), words(), words(), words(), stop_BS, controls
+    ints(count), ints(0), ints(0), ints(0), words(), words(), words(), stop_BS, controls
   )
   for i, running in enumerate(ready):
     request = running.request

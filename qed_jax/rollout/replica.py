@@ -8,12 +8,12 @@ bounds: pages are set aside for every token that a dispatched chunk might sample
 
 import collections
 import dataclasses
+from concurrent.futures import Future
 
 import jax
 import numpy as np
 
 from qed_jax.model.qwen3 import Qwen3Config
-from qed_jax.rollout import sampler
 from qed_jax.rollout.device import Device, Shapes
 from qed_jax.rollout.pages import NOBODY, Match, Pages, PrefixIndex
 from qed_jax.rollout.requests import Piece, RequestError, Running
@@ -42,9 +42,9 @@ class Counters:
 
 @dataclasses.dataclass(frozen=True)
 class InFlight:
-  """A dispatched chunk, who was in its slots, and the version that sampled it."""
+  """A Future of a Chunk, who was in its slots, and the version that sampled it."""
 
-  chunk: sampler.Chunk
+  chunk: Future
   attempts: tuple[Running, ...]
   version: int
 
@@ -214,7 +214,7 @@ class Replica:
       return False
     shapes = self.shapes
     widest = max(shapes.pages_for(self._reach(r)) for r in going)
-    table_BP = np.full((shapes.slots, shapes.width(widest)), NOBODY, np.int32)
+    table_BP = np.full((shapes.rows, shapes.width(widest)), NOBODY, np.int32)
     for running in going:
       held = running.pages[: table_BP.shape[1]]
       table_BP[running.slot, : len(held)] = held
@@ -302,7 +302,7 @@ class Replica:
       self._read(self._in_flight.popleft())
 
   def _read(self, flight: InFlight) -> None:
-    chunk = flight.chunk
+    chunk = flight.chunk.result()
     if not any(r.request.top_logprobs for r in flight.attempts):
       chunk = dataclasses.replace(chunk, top_tokens_BCK=None, top_logp_BCK=None)
     chunk = jax.device_get(chunk)

@@ -110,8 +110,12 @@ def create_state(
 
 def _constrain(state: SamplingState) -> SamplingState:
   """Pins the layout, so that every call leaves the state as the next expects it."""
-  rows = jax.tree.map(lambda x: constrain(x, "B"), dataclasses.replace(state, kv_cache=None))
-  return dataclasses.replace(rows, kv_cache=_lay_out(state.kv_cache))
+  by_row = dataclasses.replace(state, kv_cache=None, history=None)
+  return dataclasses.replace(
+    jax.tree.map(lambda x: constrain(x, "B"), by_row),
+    kv_cache=_lay_out(state.kv_cache),
+    history=jax.tree.map(lambda x: constrain(x, "BV"), state.history),
+  )
 
 
 def _lay_out(kv_cache):

@@ -199,13 +199,37 @@ def draw(z_BV, edge_B, mass_BJ, key_B):
   """
   z_BIJ = folded(z_BV)
   _, fold, columns = z_BIJ.shape
-
-  gumbel = lambda key: jax.random.gumbel(key, (columns + fold,), z_BV.dtype)  # noqa: E731
-  column_noise_BJ, token_noise_BI = jnp.split(jax.vmap(gumbel)(key_B), [columns], axis=1)
+  noise_BX = gumbel(key_B, columns + fold).astype(z_BV.dtype)
+  column_noise_BJ, token_noise_BI = jnp.split(noise_BX, [columns], axis=1)
   j_B = jnp.argmax(jnp.log(mass_BJ) + column_noise_BJ, axis=-1).astype(jnp.int32)
   z_BI = jnp.take_along_axis(z_BIJ, j_B[:, None, None], axis=2)[:, :, 0]
   i_B = jnp.argmax(keep(z_BI, edge_B) + token_noise_BI, axis=-1).astype(jnp.int32)
   return i_B * columns + j_B, jnp.take_along_axis(z_BI, i_B[:, None], axis=1)[:, 0]
+
+
+def gumbel(key_B, count: int):
+  """float32 [B, count]: jax.random.gumbel of each row's threefry2x32 key, bit for bit.
+
+  Threefry-2x32 with 20 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+  On a CPU jax compiles the rounds to a loop of some twenty small steps, which in a decode loop take
+  longer than all the rest of sampling; written out they are one.
+  """
+  key_B2 = jax.random.key_data(key_B)
+  a_B1, b_B1 = key_B2[:, :1], key_B2[:, 1:]
+  schedule = (a_B1, b_B1, a_B1 ^ b_B1 ^ jnp.uint32(0x1BD11BDA))
+  count_1X = jax.lax.broadcasted_iota(jnp.uint32, (1, count), 1)
+  x_BX, y_BX = jnp.broadcast_to(a_B1, (len(key_B2), count)), count_1X + b_B1
+  for i in range(5):
+    for rotation in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+      x_BX = x_BX + y_BX
+      y_BX = x_BX ^ (y_BX << rotation | y_BX >> 32 - rotation)
+    x_BX = x_BX + schedule[(i + 1) % 3]
+    y_BX = y_BX + schedule[(i + 2) % 3] + jnp.uint32(i + 1)
+  mantissa_BX = (x_BX ^ y_BX) >> 9
+  one_to_two_BX = jax.lax.bitcast_convert_type(mantissa_BX | jnp.uint32(0x3F800000), jnp.float32)
+  tiny = jnp.finfo(jnp.float32).tiny
+  uniform_BX = jnp.maximum(tiny, one_to_two_BX - 1 + tiny)
+  return -jnp.log(-jnp.log(uniform_BX))
 
 
 def first_largest(z_BV, largest_B1):
