@@ -91,10 +91,12 @@ def test_the_next_chunk_is_dispatched_before_the_last_one_is_read(tiny):
   ahead, and a step does not wait for what it has dispatched."""
   engine = make_engine(tiny, stop_ids=())
   [replica] = engine.replicas
-  events, numbers, decode, read = [], {}, replica.device.decode, replica._read
+  events, numbers, kept = [], {}, []  # kept, or an id could name two of them
+  decode, read = replica.device.decode, replica._read
 
   def dispatch(*given):
     chunk = decode(*given)
+    kept.append(chunk)
     numbers[id(chunk)] = len(numbers)
     events.append(("dispatch", len(numbers) - 1))
     return chunk
