@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "kernels")]
+
+from qed_kernels.flash_attention import flash_attention, pack  # noqa: E402
 
 from qed_jax import sharding  # noqa: E402
 from qed_jax.model import flops, kv_cache, presets, qwen3  # noqa: E402
-from qed_jax.model.attention import xla_attention  # noqa: E402
 from qed_jax.records import Batch  # noqa: E402
 from qed_jax.rollout import engine as engines  # noqa: E402
 from qed_jax.rollout.device import Shapes  # noqa: E402
@@ -143,10 +144,10 @@ def attention_times(length: int) -> dict:
   keys = jax.random.split(jax.random.key(0), 3)
   q = jax.random.normal(keys[0], (1, length, 32, 128), jnp.bfloat16)
   k, v = (jax.random.normal(key, (1, length, 8, 128), jnp.bfloat16) for key in keys[1:])
-  start = jnp.zeros((1, length), jnp.int32)
+  rows = pack(jnp.ones((1, length), jnp.int32), 32, 8, 128, "xla")
   work = 2 * 2 * length**2 * 32 * 128 / 2
   implementations = {
-    "xla": lambda q, k, v: xla_attention(q, k, v, start),
+    "xla": lambda q, k, v: flash_attention(q, k, v, rows, implementation="xla")[0],
     "cudnn": lambda q, k, v: jax.nn.dot_product_attention(
       q, k, v, is_causal=True, implementation="cudnn"
     ),

@@ -67,13 +67,3 @@ def rope(x_BTNH, cos, sin):
   wide = x_BTNH.astype(cos.dtype)
   low, high = jnp.split(wide, 2, axis=-1)
   return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], -1).astype(x_BTNH.dtype)
-
-
-def segment_starts(segments_BT):
-  """start_BT int32: index of the first token of each token's segment.
-
-  A packed row in one vector: token t sees s when start[t] <= s <= t. Padding is a segment too.
-  """
-  changed_BT = segments_BT != jnp.pad(segments_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-  index_BT = jax.lax.broadcasted_iota(jnp.int32, segments_BT.shape, 1)
-  return jax.lax.cummax(jnp.where(changed_BT, index_BT, 0), axis=1)

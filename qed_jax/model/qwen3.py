@@ -14,15 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qed_jax.model import kv_cache as kv
-from qed_jax.model.attention import attention, cache_attention
-from qed_jax.model.layers import (
-  at_least_float32,
-  linear,
-  rms_norm,
-  rope,
-  rope_angles,
-  segment_starts,
-)
+from qed_jax.model.attention import attention, cache_attention, pack
+from qed_jax.model.layers import at_least_float32, linear, rms_norm, rope, rope_angles
 from qed_jax.sharding import constrain
 
 DIMS = {
@@ -49,7 +42,7 @@ class Qwen3Config:
 
   dtype: of activations and matrix products; norms, rope, softmax and logits are float32.
   remat: what the backward pass keeps of a layer: "none" (all), "dots" (matrix products), "layer"
-    (its input only). attention: an implementation named in model/attention.py.
+    (its input only). attention: an implementation of qed_kernels.flash_attention, or "auto".
   """
 
   vocab_size: int
@@ -277,10 +270,10 @@ def init_params(config: Qwen3Config, key, param_dtype) -> dict:
 
 def hidden(config: Qwen3Config, params: dict, tokens_BT, positions_BT, segments_BT):
   """Final hidden states x_BTD of packed rows; tokens see their own segment's past only."""
-  start_BT = segment_starts(segments_BT)
+  rows = pack(config, segments_BT)
 
   def attend(q_BTNH, k_BTKH, v_BTKH, carry, layer):
-    return attention(q_BTNH, k_BTKH, v_BTKH, start_BT, config.attention), carry, None
+    return attention(config, q_BTNH, k_BTKH, v_BTKH, rows), carry, None
 
   return bind(config, params)(tokens_BT, positions_BT, attend)[0]
 

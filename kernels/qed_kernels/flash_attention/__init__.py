@@ -1,0 +1,93 @@
+"""Causal attention of packed rows: softmax(scale q k) v within segments, forward and backward.
+
+  rows = pack(segments_BT, query_heads, key_heads, head_dim)             once a batch
+  o_BTNH, lse_BTN = flash_attention(q_BTNH, k_BTKH, v_BTKH, rows)        in every layer
+
+Query heads share key heads in groups, N = K * G, without K and V being repeated. Several
+implementations compute the same: `reference`, `xla`, `pallas_tpu`. "auto" takes the first that the
+device and the case allow; what it cannot serve, an implementation refuses with NotImplementedError.
+"""
+
+import dataclasses
+import functools
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qed_kernels.flash_attention import pallas_tpu, reference, xla
+
+IMPLEMENTATIONS = {
+  "reference": reference.flash_attention,
+  "xla": xla.flash_attention,
+  "pallas_tpu": pallas_tpu.flash_attention,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+  """What every layer needs to know of a batch of packed rows.
+
+  start_BT: int32, the first token of each token's segment: token t sees s when start[t] <= s <= t.
+  plan: what the TPU kernels visit, or None where they will not run.
+  """
+
+  start_BT: Any
+  plan: pallas_tpu.Plan | None
+
+
+def pack(
+  segments_BT, query_heads: int, key_heads: int, head_dim: int, implementation: str = "auto"
+) -> PackedRows:
+  """segments_BT: int, equal in neighbouring tokens of a segment; padding is a segment too."""
+  changed_BT = segments_BT != jnp.pad(segments_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+  index_BT = jax.lax.broadcasted_iota(jnp.int32, segments_BT.shape, 1)
+  start_BT = jax.lax.cummax(jnp.where(changed_BT, index_BT, 0), axis=1)
+  planned = "pallas_tpu" in candidates(implementation) and query_heads % key_heads == 0
+  group = query_heads // key_heads
+  return PackedRows(start_BT, pallas_tpu.plan(start_BT, group, head_dim) if planned else None)
+
+
+def flash_attention(
+  q_BTNH,
+  k_BTKH,
+  v_BTKH,
+  rows: PackedRows,
+  *,
+  scale: float | None = None,
+  implementation: str = "auto",
+):
+  """-> o_BTNH in q's dtype, and lse_BTN, the natural log of a query's sum of exp(score), float32.
+
+  scale: of the scores, 1 / sqrt(H) unless given. Raises ValueError for an unknown implementation,
+  and NotImplementedError where the one that was asked for cannot serve the case.
+  """
+  scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+  refusals = []
+  for name in candidates(implementation):
+    try:
+      result = IMPLEMENTATIONS[name](q_BTNH, k_BTKH, v_BTKH, rows, scale)
+    except NotImplementedError as e:
+      refusals.append(str(e))
+      continue
+    say("; ".join((f"flash_attention: {name}", *refusals)))
+    return result
+  raise NotImplementedError("; ".join(refusals))
+
+
+def candidates(implementation: str) -> tuple[str, ...]:
+  """Names to try, the best first. Raises ValueError, one line, for one that does not exist."""
+  if implementation == "auto":
+    return ("pallas_tpu", "xla") if pallas_tpu.on_tpu() else ("xla",)
+  if implementation not in IMPLEMENTATIONS:
+    known = ", ".join(("auto", *IMPLEMENTATIONS))
+    raise ValueError(f"there is no attention implementation {implementation!r}: choose {known}")
+  return (implementation,)
+
+
+@functools.cache
+def say(line: str) -> None:
+  """Logs a line once."""
+  logging.getLogger("qed_kernels").info(line)

@@ -1,0 +1,251 @@
+"""One suite for every implementation of flash attention, against a float64 reference."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from qed_kernels import flash_attention as fa
+from qed_kernels.flash_attention import pallas_tpu, tiles
+from qed_kernels.flash_attention.shapes import SMALL, Shape
+
+from qed_jax.model import qwen3
+from qed_jax.records import Batch
+from qed_jax.sharding import make_mesh
+
+FAST = ["xla", "pallas_tpu"]  # in its interpreter
+NAMES = ("o", "lse", "dq", "dk", "dv")
+LIMITS = {
+  "float32": dict.fromkeys(NAMES, 1e-5),
+  "bfloat16": dict.fromkeys(NAMES, 1e-2) | {"o": 5e-3, "lse": 5e-3},
+}
+
+
+def draw(shape: Shape, seed: int = 0, dtype: str = "float32"):
+  """q, k, v, the cotangents of o and lse, and ragged segments."""
+  rng = np.random.default_rng(seed)
+  B, T, N, K, H = shape.B, shape.T, shape.N, shape.K, shape.H
+  sizes = ((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H), (B, T, N))
+  arrays = [jnp.asarray(rng.standard_normal(size), dtype) for size in sizes]
+  arrays[4] = arrays[4].astype("float32")
+  segments_BT = np.sort(rng.integers(1, shape.segments + 1, (B, T)), axis=1)
+  return arrays, segments_BT
+
+
+def run(name: str, arrays, segments_BT, scale=None):
+  """(o, lse, dq, dk, dv) of an implementation, jitted as one program."""
+
+  @jax.jit
+  def both(q, k, v, do, dlse, segments_BT):
+    rows = fa.pack(segments_BT, q.shape[2], k.shape[2], q.shape[3], name)
+    attend = lambda q, k, v: fa.flash_attention(q, k, v, rows, scale=scale, implementation=name)  # noqa: E731
+    out, pull = jax.vjp(attend, q, k, v)
+    return *out, *pull((do, dlse))
+
+  return [
+    np.asarray(x.astype(jnp.promote_types(x.dtype, "float32"))) for x in both(*arrays, segments_BT)
+  ]
+
+
+def expected(arrays, segments_BT, scale=None):
+  with jax.enable_x64(True):
+    wide = [jnp.asarray(np.asarray(x.astype("float32")), "float64") for x in arrays]
+    return run("reference", wide, segments_BT, scale)
+
+
+def assert_close(found, wanted, limits) -> None:
+  for name, x, y in zip(NAMES, found, wanted, strict=True):
+    assert np.isfinite(x).all(), name
+    error = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-6 * np.sqrt(y.size))
+    assert error <= limits[name], (name, error)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("shape", SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize("name", FAST)
+def test_values_and_gradients_are_those_of_the_reference(name, shape, dtype):
+  """Output, log-sum-exp and the gradients of both, of ragged segments."""
+  arrays, segments_BT = draw(shape, dtype=dtype)
+  assert_close(run(name, arrays, segments_BT), expected(arrays, segments_BT), LIMITS[dtype])
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+@pytest.mark.parametrize("name", FAST)
+def test_any_layout_of_segments(name, data):
+  """Segments of any lengths, with any ids, those of one token among them; any scale."""
+  T = data.draw(st.sampled_from([96, 384]))
+  cuts = data.draw(st.sets(st.integers(1, T - 1), max_size=9))
+  ids = data.draw(st.lists(st.integers(0, 3), min_size=10, max_size=10))
+  segments = np.zeros(T, np.int32)
+  for i, cut in enumerate(sorted(cuts)):
+    segments[cut:] = 2 * i + 1 if ids[i] else 2 * i + 2
+  arrays, _ = draw(Shape(1, T, 2, 1, 64, 1), seed=data.draw(st.integers(0, 99)))
+  scale = data.draw(st.sampled_from([None, 0.5, 1.0]))
+  found = run(name, arrays, segments[None], scale)
+  assert_close(found, expected(arrays, segments[None], scale), LIMITS["float32"])
+
+
+def test_a_row_of_several_backward_calls(monkeypatch):
+  """Where dQ of all queries does not fit, dK and dV are sums over calls."""
+  monkeypatch.setattr(pallas_tpu, "QUERY_GRADIENTS", 2 * 64 * 4 * 1024)
+  shape = Shape(1, 2100, 2, 1, 64, 2)
+  assert len(pallas_tpu.calls(pallas_tpu.blocks(shape.T), 2, 64)) == 3
+  arrays, segments_BT = draw(shape)
+  assert_close(
+    run("pallas_tpu", arrays, segments_BT), expected(arrays, segments_BT), LIMITS["float32"]
+  )
+
+
+def test_nothing_unwritten_is_read_and_nothing_races(monkeypatch):
+  """The TPU's simulator: memory starts as nan, and accesses that are not ordered are reported."""
+  from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+  how = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+  forward, backward = pallas_tpu.forward, pallas_tpu.backward
+  monkeypatch.setattr(pallas_tpu, "forward", lambda scale, _, *rest: forward(scale, how, *rest))
+  monkeypatch.setattr(pallas_tpu, "backward", lambda scale, _, *rest: backward(scale, how, *rest))
+  arrays, segments_BT = draw(Shape(2, 300, 2, 1, 128, 3))
+  found = run("pallas_tpu", arrays, segments_BT)
+  assert_close(found, expected(arrays, segments_BT), LIMITS["float32"])
+  assert not interpret_pallas_call.races.races_found
+
+
+def test_the_same_bits_each_time():
+  """The order of every sum is fixed."""
+  arrays, segments_BT = draw(SMALL["off every block"], dtype="bfloat16")
+  first, second = (run("pallas_tpu", arrays, segments_BT) for _ in range(2))
+  assert all((x == y).all() for x, y in zip(first, second, strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_tiles_are_those_that_a_brute_force_finds(data):
+  """In both orders, of any stretch of queries: every tile with something to see once, whole groups
+  between FIRST and LAST, MASKED exactly where something is not seen, idle entries repeat."""
+  query_block, key_block = data.draw(st.sampled_from([(2, 4), (4, 2), (4, 4), (2, 8)]))
+  T = 8 * data.draw(st.integers(1, 3))
+  first = data.draw(st.sampled_from([0, 8])) if T > 8 else 0
+  by = data.draw(st.sampled_from(["query", "key"]))
+  cuts = data.draw(st.lists(st.sets(st.integers(1, T - 1), max_size=5), min_size=2, max_size=2))
+  start_BT = np.zeros((2, T), np.int32)
+  for b, row in enumerate(cuts):
+    for cut in sorted(row):
+      start_BT[b, cut:] = cut
+  found = jax.tree.map(
+    np.asarray, tiles.tiles(jnp.asarray(start_BT[:, first:]), query_block, key_block, by, first)
+  )
+  t, s = np.arange(T)[:, None], np.arange(T)[None]
+  for b in range(2):
+    seen_TS = (start_BT[b][:, None] <= s) & (s <= t)
+    wanted = {}
+    for query in range((T - first) // query_block):
+      for key in range(T // key_block):
+        rows = slice(first + query * query_block, first + (query + 1) * query_block)
+        part = seen_TS[rows, key * key_block : (key + 1) * key_block]
+        if part.any():
+          wanted[query, key] = not part.all()
+    count = found.count_B[b]
+    listed = list(zip(found.query_BX[b].tolist(), found.key_BX[b].tolist(), strict=True))
+    flags = found.flags_BX[b]
+    assert len(set(listed[:count])) == count and set(listed[:count]) == set(wanted)
+    assert [bool(f & tiles.MASKED) for f in flags[:count]] == [
+      wanted[tile] for tile in listed[:count]
+    ]
+    assert (flags[:count] & tiles.VALID > 0).all() and (flags[count:] == 0).all()
+    assert set(listed[count:]) <= {listed[count - 1]}
+    group = [tile[by == "key"] for tile in listed[:count]]
+    edges = [i for i in range(count) if i == 0 or group[i] != group[i - 1]]
+    assert [i for i in range(count) if flags[i] & tiles.FIRST] == edges
+    assert [i for i in range(count) if flags[i] & tiles.LAST] == [
+      *(i - 1 for i in edges[1:]),
+      count - 1,
+    ]
+    assert len(edges) == len(set(group)) == found.touched_BG[b].sum()
+
+
+def test_segments_and_the_diagonal_cost_no_step():
+  """Eight segments in 16k tokens are a fraction of the tiles of one."""
+  start = lambda n: jnp.asarray(np.arange(16_384) // (16_384 // n) * (16_384 // n))[None]  # noqa: E731
+  count = lambda n, by: int(tiles.tiles(start(n), 256, 1024, by).count_B[0])  # noqa: E731
+  assert count(1, "query") == count(1, "key") == 16 * 17 // 2 * 4
+  assert count(8, "query") == count(8, "key") == 8 * (2 * 3 // 2) * 4
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [({"H": 80}, "head_dim 80"), ({"N": 3, "K": 2}, "3 query heads")],
+)
+def test_what_the_kernel_cannot_do_it_refuses(changes, said):
+  """One line that names the limit, when it is asked for; in "auto" the next one serves."""
+  arrays, segments_BT = draw(dataclasses.replace(Shape(1, 32, 2, 1, 64, 2), **changes))
+  with pytest.raises(NotImplementedError, match=said):
+    run("pallas_tpu", arrays, segments_BT)
+  with pytest.raises(NotImplementedError, match="float16"):
+    run("pallas_tpu", draw(Shape(1, 32, 2, 1, 64, 2), dtype="float16")[0], segments_BT)
+
+
+def test_auto_falls_through_and_says_so_once(monkeypatch, caplog):
+  """On a TPU "auto" asks the kernel first; the log has one line of who serves and why."""
+  monkeypatch.setattr(pallas_tpu, "on_tpu", lambda: True)
+  arrays, segments_BT = draw(Shape(1, 32, 2, 1, 80, 2))
+  fa.say.cache_clear()
+  with caplog.at_level(logging.INFO, logger="qed_kernels"):
+    for _ in range(2):
+      found = run("auto", arrays, segments_BT)
+  assert_close(found, expected(arrays, segments_BT), LIMITS["float32"])
+  assert [r.message for r in caplog.records] == [
+    "flash_attention: xla; pallas_tpu: head_dim 80 is not 64, 128, 192 or 256"
+  ]
+
+
+def test_an_unknown_implementation_is_one_line():
+  with pytest.raises(ValueError, match="'triton': choose auto, reference, xla, pallas_tpu"):
+    fa.candidates("triton")
+
+
+def model_and_batch(**changes):
+  """A small model with heads that the kernel takes, and packed rows with padding."""
+  config = qwen3.Qwen3Config(
+    vocab_size=64, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=8, num_kv_heads=2,
+    head_dim=64, rope_theta=1e4, max_position=512, rms_norm_eps=1e-6, tie_word_embeddings=True,
+    dtype="float32", remat="layer", attention="xla",
+  )  # fmt: skip
+  rng = np.random.default_rng(0)
+  segments_BT = np.sort(rng.integers(1, 4, (8, 160)), axis=1)
+  segments_BT[:, 150:] = 0
+  position_BT = np.tile(np.arange(160), (8, 1))
+  tokens_BT = rng.integers(0, 64, (8, 160))
+  batch = Batch(
+    *(x.astype(np.int32) for x in (tokens_BT, position_BT, segments_BT)), np.ones((8, 160))
+  )
+  return dataclasses.replace(config, **changes), batch
+
+
+def loss_and_gradient(config, params, batch):
+  def loss(params):
+    logp_BT, _ = qwen3.score(config, params, batch, 1.0, 64)
+    return jnp.sum(logp_BT) / logp_BT.size
+
+  return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 2)], ids=["one device", "data, fsdp and tensor"])
+def test_the_model_trains_with_the_kernel(shape):
+  """Loss and gradients of the whole model are those of plain XLA, on one device and on eight."""
+  xla, batch = model_and_batch()
+  kernel, _ = model_and_batch(attention="pallas_tpu")
+  params = qwen3.init_params(xla, jax.random.key(0), jnp.float32)
+  wanted = loss_and_gradient(xla, params, batch)
+  if shape is None:
+    found = loss_and_gradient(kernel, params, batch)
+  else:
+    with jax.set_mesh(make_mesh(*shape)):
+      found = loss_and_gradient(kernel, params, batch)
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=2e-6, rtol=2e-4)
