@@ -21,12 +21,13 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check $(PINS) --ed
 BASE = $(VENV)/.base-$(VERSION)
 FULL = $(VENV)/.full-$(VERSION)
 
-.PHONY: help setup test test-slow demo lint format clean check-python
+.PHONY: help setup test test-slow aot demo lint format clean check-python
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo        train SFT -> rubric RL -> cache RL on the tiny world, evaluate, write $(DEMO)/report.html'
 	@echo 'make test        the tests, but for the slow ones, which make test-slow runs'
+	@echo 'make aot         what the real TPU compiler (libtpu, 200 MB) says to kernels and steps; no TPU needed'
 	@echo 'make lint        ruff: format and lint (make format rewrites)'
 	@echo 'make setup       only the set-up, $(VENV)'
 	@echo 'make clean       remove the environments, the caches and $(DEMO)'
@@ -50,10 +51,14 @@ $(FULL): $(BASE)
 setup: $(FULL)
 
 test: $(FULL)
-	$(RUN) -m pytest -m 'not slow'
+	$(RUN) -m pytest -m 'not slow and not aot'
 
 test-slow: $(FULL)
 	$(RUN) -m pytest -m slow
+
+aot: $(FULL)
+	$(INSTALL) '.[test,aot]' || echo 'libtpu cannot be had here: the tests that need it will be skipped'
+	$(RUN) -m pytest -m aot -rs
 
 lint: $(FULL)
 	$(RUN) -m ruff format --check

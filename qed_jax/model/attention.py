@@ -4,12 +4,15 @@ The kernels see whole rows and heads of one device; on a mesh they run inside sh
 `data` and `fsdp`, heads over `tensor`. Plain XLA is left to XLA's own partitioning instead.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from qed_kernels import decode_attention as decode
 from qed_kernels import flash_attention as flash
+from qed_kernels.choice import say
 from qed_kernels.dense import attend
 
 from qed_jax import sharding
@@ -53,6 +56,21 @@ def implementation_for(config) -> str:
   return config.attention
 
 
+def append_and_attend(config, q_BTNH, k_BTKH, v_BTKH, kv_cache: kv.KVCache, layer, positions_BT):
+  """Writes new tokens to the cache and attends from each to its sequence -> (o_BTNH, kv_cache).
+
+  A negative position is padding: written nowhere, and its output means nothing.
+  """
+  new = (q_BTNH, k_BTKH, v_BTKH)
+  if "pallas_tpu" in decode.candidates(implementation_for(config)) and q_BTNH.shape[1] == 1:
+    try:
+      return paged_decode(*new, kv_cache, layer, positions_BT)
+    except NotImplementedError as e:
+      say(f"decode_attention: xla; {e}")
+  kv_cache = kv.append(kv_cache, layer, k_BTKH, v_BTKH, positions_BT)
+  return cache_attention(q_BTNH, kv_cache, layer, positions_BT), kv_cache
+
+
 @functools.partial(jax.named_call, name="cache_attention")
 def cache_attention(q_BTNH, kv_cache: kv.KVCache, layer, positions_BT):
   """Attention of new tokens over the cache of their sequence, their own entry included: o_BTNH.
@@ -77,3 +95,29 @@ def cache_attention(q_BTNH, kv_cache: kv.KVCache, layer, positions_BT):
     return attend_all(q_TNH[None], own, positions_T[None])[0]
 
   return jax.lax.map(one, (q_BTNH, kv_cache.table_BP, positions_BT))
+
+
+def paged_decode(q_B1NH, k_B1KH, v_B1KH, kv_cache: kv.KVCache, layer, positions_B1):
+  """append_and_attend in a kernel, which refuses with NotImplementedError what it cannot do."""
+  if kv_cache.table_BP is None or kv_cache.k_scale_LPKS is not None:
+    raise NotImplementedError("pallas_tpu: the cache has no table, or is quantised")
+  stored = kv_cache.k_LPKSH.dtype
+  k_B1KH, v_B1KH = kv.marked(k_B1KH.astype(stored), v_B1KH.astype(stored))
+  pages = decode.Cache(kv_cache.k_LPKSH, kv_cache.v_LPKSH, kv_cache.table_BP)
+
+  def run(q_B1NH, k_B1KH, v_B1KH, pages, layer, positions_B1):
+    arguments = (q_B1NH, k_B1KH, v_B1KH, pages, layer, positions_B1)
+    return decode.decode_attention(*arguments, implementation="pallas_tpu")
+
+  if sharding.several_devices():
+    by_head, paged = P(None, None, "tensor"), P(None, None, "tensor")
+    run = jax.shard_map(
+      run,
+      mesh=jax.sharding.get_abstract_mesh(),
+      in_specs=(by_head, by_head, by_head, decode.Cache(paged, paged, P()), P(), P()),
+      out_specs=(by_head, paged, paged),
+      check_vma=False,
+    )
+  layer = jnp.asarray(layer, jnp.int32)
+  o_B1NH, k_LPKSH, v_LPKSH = run(q_B1NH, k_B1KH, v_B1KH, pages, layer, positions_B1)
+  return o_B1NH, dataclasses.replace(kv_cache, k_LPKSH=k_LPKSH, v_LPKSH=v_LPKSH)

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qed_jax.model import kv_cache as kv
-from qed_jax.model.attention import attention, cache_attention, pack
+from qed_jax.model.attention import append_and_attend, attention, pack
 from qed_jax.model.layers import at_least_float32, linear, rms_norm, rope, rope_angles
 from qed_jax.sharding import constrain
 
@@ -333,8 +332,8 @@ def extend(config: Qwen3Config, params: dict, tokens_BT, positions_BT, kv_cache)
   """
 
   def attend(q_BTNH, k_BTKH, v_BTKH, kv_cache, layer):
-    kv_cache = kv.append(kv_cache, layer, k_BTKH, v_BTKH, positions_BT)
-    return cache_attention(q_BTNH, kv_cache, layer, positions_BT), kv_cache, None
+    new = (q_BTNH, k_BTKH, v_BTKH)
+    return *append_and_attend(config, *new, kv_cache, layer, positions_BT), None
 
   x_BTD, kv_cache, _ = bind(config, params)(tokens_BT, positions_BT, attend, kv_cache)
   return x_BTD, kv_cache

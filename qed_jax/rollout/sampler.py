@@ -204,8 +204,9 @@ def decode(
     step, state, sampled, count_B, failed_B = loop
     active_B = state.remaining_B > 0
     model = model_view(config, params)  # here, where its transposes fold into the products
+    position_B = jnp.where(active_B, state.position_B, -1)  # a slot that is done reads nothing
     x_BTD, kv_cache = qwen3.extend(
-      *model, state.token_B[:, None], state.position_B[:, None], state.kv_cache
+      *model, state.token_B[:, None], position_B[:, None], state.kv_cache
     )
     logits_BV = qwen3.logits(*model, x_BTD[:, 0])
     drawn = sampling.sample(

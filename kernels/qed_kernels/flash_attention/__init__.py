@@ -9,13 +9,12 @@ device and the case allow; what it cannot serve, an implementation refuses with 
 """
 
 import dataclasses
-import functools
-import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from qed_kernels.choice import first_that_serves, known, on_tpu
 from qed_kernels.flash_attention import pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
@@ -65,29 +64,14 @@ def flash_attention(
   and NotImplementedError where the one that was asked for cannot serve the case.
   """
   scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
-  refusals = []
-  for name in candidates(implementation):
-    try:
-      result = IMPLEMENTATIONS[name](q_BTNH, k_BTKH, v_BTKH, rows, scale)
-    except NotImplementedError as e:
-      refusals.append(str(e))
-      continue
-    say("; ".join((f"flash_attention: {name}", *refusals)))
-    return result
-  raise NotImplementedError("; ".join(refusals))
+  arguments = (q_BTNH, k_BTKH, v_BTKH, rows, scale)
+  return first_that_serves(
+    "flash_attention", IMPLEMENTATIONS, candidates(implementation), *arguments
+  )
 
 
 def candidates(implementation: str) -> tuple[str, ...]:
   """Names to try, the best first. Raises ValueError, one line, for one that does not exist."""
   if implementation == "auto":
-    return ("pallas_tpu", "xla") if pallas_tpu.on_tpu() else ("xla",)
-  if implementation not in IMPLEMENTATIONS:
-    known = ", ".join(("auto", *IMPLEMENTATIONS))
-    raise ValueError(f"there is no attention implementation {implementation!r}: choose {known}")
-  return (implementation,)
-
-
-@functools.cache
-def say(line: str) -> None:
-  """Logs a line once."""
-  logging.getLogger("qed_kernels").info(line)
+    return ("pallas_tpu", "xla") if on_tpu() else ("xla",)
+  return known(implementation, IMPLEMENTATIONS)

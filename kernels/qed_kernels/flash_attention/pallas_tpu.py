@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from qed_kernels import choice
 from qed_kernels.flash_attention.tiles import FIRST, LAST, MASKED, VALID, Tiles, tiles
 
 LANES = 128
@@ -49,7 +50,9 @@ def blocks(T: int) -> Blocks:
   if T <= LANES:
     return Blocks(LANES, LANES, LANES, LANES)
   key = min(1024, -(-T // 256) * 256)
-  return Blocks(256, key, 512 if key % 512 == 0 else 256, -(-T // key) * key)
+  # The wider units of a v6e are kept busier by twice the rows (tools/tpu_static.py).
+  query = 512 if key % 512 == 0 and choice.device().device_kind.startswith("TPU v6") else 256
+  return Blocks(query, key, 512 if key % 512 == 0 else 256, -(-T // key) * key)
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +92,7 @@ def flash_attention(q_BTNH, k_BTKH, v_BTKH, rows, scale: float):
   pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks(T).padded - T), (0, 0), (0, 0)))  # noqa: E731
   q_BKGTH = jnp.transpose(pad(q_BTNH).reshape(B, -1, K, N // K, H), (0, 2, 3, 1, 4))
   k_BKTH, v_BKTH = (jnp.swapaxes(pad(x), 1, 2) for x in (k_BTKH, v_BTKH))
-  interpret = not on_tpu()
+  interpret = not choice.on_tpu()
   o_BKGTH, lse_BKGT = attention(scale, interpret, q_BKGTH, k_BKTH, v_BKTH, rows.plan)
   o_BTNH = jnp.transpose(o_BKGTH, (0, 3, 1, 2, 4)).reshape(B, -1, N, H)[:, :T]
   return o_BTNH, jnp.transpose(lse_BKGT, (0, 3, 1, 2)).reshape(B, -1, N)[:, :T]
@@ -104,13 +107,6 @@ def limits(q_BTNH, k_BTKH) -> None:
     raise NotImplementedError(f"pallas_tpu: {N} query heads are no multiple of {K} key heads")
   if q_BTNH.dtype not in (jnp.bfloat16, jnp.float32):
     raise NotImplementedError(f"pallas_tpu: {q_BTNH.dtype} is neither bfloat16 nor float32")
-
-
-def on_tpu() -> bool:
-  """Whether what is being traced is for a TPU: of the mesh in use, or else the default device."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  platform = getattr(device, "platform", None) if device else None
-  return (platform or jax.default_backend()) == "tpu"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -1,0 +1,143 @@
+"""What the real TPU compiler makes of the kernels and of whole steps, with no TPU: `make aot`.
+
+libtpu compiles for chips that are not there. What it refuses here it refuses on a pod: blocks that
+no tile fits, more VMEM than a core has. What it plans here is what runs there: buffers, aliases.
+"""
+
+import functools
+import importlib.util
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from qed_kernels import flash_attention as fa
+from qed_kernels.flash_attention.shapes import REAL
+
+from qed_jax.model import kv_cache, presets, qwen3
+from qed_jax.sharding import AXES
+
+pytestmark = [
+  pytest.mark.aot,
+  pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the TPU compiler, is not installed: `make aot` installs it and runs these",
+  ),
+]
+
+# Of libtpu, which otherwise asks a cloud's metadata server what machine this is.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+os.environ.setdefault("TPU_LOG_DIR", "disabled")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+ONE_CHIP = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1"}
+HBM = {"v5e": 16 << 30, "v5p": 95 << 30, "v6e": 32 << 30}
+
+
+@functools.cache
+def devices(topology: str):
+  how = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+  return topologies.get_topology_desc(platform="tpu", topology_name=topology, **how).devices
+
+
+def mesh(topology: str, tensor: int = 1) -> Mesh:
+  return Mesh(np.array(devices(topology)[:tensor]).reshape(1, 1, tensor), AXES)
+
+
+def compiled(on: Mesh, program, *arguments, donate=()):
+  """The program for these chips; arguments are abstract and replicated unless laid out already."""
+  place = lambda x: x if x.sharding else abstract(on, x.shape, x.dtype)  # noqa: E731
+  with jax.set_mesh(on), jax.sharding.use_abstract_mesh(on.abstract_mesh):
+    lowered = jax.jit(program, donate_argnums=donate).lower(*jax.tree.map(place, arguments))
+    return lowered.compile()
+
+
+def abstract(on: Mesh, shape, dtype, *axes) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(on, P(*axes)))
+
+
+def kernels_of(program) -> set[str]:
+  """Names of the Pallas kernels in a compiled program."""
+  calls = re.findall(r"%(\S+) = [^\n]*custom_call_target=\"tpu_custom_call\"", program.as_text())
+  return {
+    name for name in ("flash_forward", "flash_backward", "paged_decode") if name in str(calls)
+  }
+
+
+CASES = [
+  ("v5e", "sft 4k"), ("v6e", "sft 4k"), ("v5p", "sft 4k"), ("v5e", "smoke 0.6B"),
+  ("v6e", "packed 16k"), ("v5p", "rollout 49k"),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache():
+  """jax writes programs for these chips to it and cannot read them back."""
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update("jax_compilation_cache_dir", None)
+  yield
+  jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize(("chip", "name"), CASES)
+def test_flash_attention_compiles_for_real_shapes(chip, name):
+  """Forward and backward, packed: the kernels are in the program, and it fits."""
+  on, shape = mesh(ONE_CHIP[chip]), REAL[name]
+  B, T, N, K, H = shape.B, shape.T, shape.N, shape.K, shape.H
+
+  def both(q, k, v, segments_BT, do):
+    rows = fa.pack(segments_BT, N, K, H)
+    attend = lambda *qkv: fa.flash_attention(*qkv, rows)[0]  # noqa: E731
+    o, pull = jax.vjp(attend, q, k, v)
+    return o, pull(do)
+
+  of = lambda *size: abstract(on, size, jnp.bfloat16)  # noqa: E731
+  segments_BT = abstract(on, (B, T), jnp.int32)
+  program = compiled(
+    on, both, of(B, T, N, H), of(B, T, K, H), of(B, T, K, H), segments_BT, of(B, T, N, H)
+  )
+  assert kernels_of(program) == {"flash_forward", "flash_backward"}
+  memory = program.memory_analysis()
+  assert memory.temp_size_in_bytes + memory.argument_size_in_bytes < HBM[chip] / 2
+
+
+@pytest.mark.parametrize(("chip", "tensor"), [("v5e:2x4", 8), ("v5p:2x2x1", 1), ("v6e:1x1", 1)])
+def test_the_4b_decode_step_keeps_its_cache_in_place(chip, tensor):
+  """36 layers over 64 sequences: the kernel runs, the pages are written where they are, and beside
+  activations and logits nothing is set aside: no slice of the cache, no copy of a weight."""
+  on = mesh(chip, tensor)
+  config = presets.from_preset("qwen3-4b", dtype="bfloat16", remat="none", attention="auto")
+  B, page, width = 16, 256, 16
+  weights = qwen3.unflatten(
+    {
+      path: abstract(on, shape, jnp.bfloat16, *layout(qwen3.DIMS[path]))
+      for path, shape in qwen3.shapes(config).items()
+    }
+  )
+  pages = (config.num_layers, 1 + B * width, config.num_kv_heads, page, config.head_dim)
+  cache = kv_cache.KVCache(*[abstract(on, pages, jnp.bfloat16, None, None, "tensor")] * 2)
+
+  def step(params, cache, tokens_B1, positions_B1, table_BP):
+    on_pages = kv_cache.with_table(cache, table_BP)
+    x_B1D, cache = qwen3.extend(config, params, tokens_B1, positions_B1, on_pages)
+    return x_B1D, kv_cache.lay_out(kv_cache.with_table(cache, None))
+
+  ints = lambda *size: abstract(on, size, jnp.int32)  # noqa: E731
+  program = compiled(on, step, weights, cache, ints(B, 1), ints(B, 1), ints(B, width), donate=1)
+  assert kernels_of(program) == {"paged_decode"}
+  memory = program.memory_analysis()
+  cache_bytes = 2 * 2 * int(np.prod(pages)) // tensor
+  assert memory.alias_size_in_bytes >= cache_bytes
+  assert memory.temp_size_in_bytes < 24 << 20
+
+
+def layout(dims: str):
+  """Heads, hidden units and vocabulary over `tensor`, as the sampler has them."""
+  return ["tensor" if letter in "NKFV" else None for letter in dims]
