@@ -59,7 +59,7 @@ def engine(slots: int, max_length: int) -> dict:
   return {
     "slots": slots,  # attempts at once
     "max_length": max_length,  # prompt and completion
-    "page": 64,  # tokens of a page of keys and values
+    "page": 256,  # tokens of a page of keys and values: a MiB of Qwen3-4B, a step of the TPU kernel
     "pages": 0,  # of all replicas; 0 is as many as the slots could need
     "kv_dtype": "",  # of the pages: "" is the compute dtype; "int8" holds twice as many tokens
     "chunk": 64,  # tokens decoded per host call
