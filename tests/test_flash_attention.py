@@ -15,7 +15,7 @@ from qed_kernels import flash_attention as fa
 from qed_kernels.flash_attention import pallas_tpu, tiles
 from qed_kernels.flash_attention.shapes import SMALL, Shape
 
-from qed_jax.model import qwen3
+from qed_jax.model import attention, qwen3
 from qed_jax.records import Batch
 from qed_jax.sharding import make_mesh
 
@@ -250,3 +250,13 @@ def test_the_model_trains_with_the_kernel(shape):
       found = loss_and_gradient(kernel, params, batch)
   for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=2e-6, rtol=2e-4)
+
+
+def test_key_heads_that_do_not_split_are_left_to_xla():
+  """Query heads of a device must find their keys there: "auto" steps back, the kernel refuses."""
+  kernel, batch = model_and_batch(attention="pallas_tpu")
+  params = qwen3.init_params(kernel, jax.random.key(0), jnp.float32)
+  with jax.set_mesh(make_mesh(1, 2, 4)):
+    with pytest.raises(NotImplementedError, match="2 key heads do not split over tensor=4"):
+      loss_and_gradient(kernel, params, batch)
+    assert attention.implementation_for(dataclasses.replace(kernel, attention="auto")) == "xla"

@@ -4,6 +4,7 @@ libtpu compiles for chips that are not there. What it refuses here it refuses on
 no tile fits, more VMEM than a core has. What it plans here is what runs there: buffers, aliases.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -20,6 +21,7 @@ from qed_kernels import flash_attention as fa
 from qed_kernels.flash_attention.shapes import REAL
 
 from qed_jax.model import kv_cache, presets, qwen3
+from qed_jax.rollout import sampler, sampling
 from qed_jax.sharding import AXES
 
 pytestmark = [
@@ -141,3 +143,46 @@ def test_the_4b_decode_step_keeps_its_cache_in_place(chip, tensor):
 def layout(dims: str):
   """Heads, hidden units and vocabulary over `tensor`, as the sampler has them."""
   return ["tensor" if letter in "NKFV" else None for letter in dims]
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_a_chunk_of_sampling_compiles(tensor):
+  """The engine's whole decode loop, 0.6B: the kernel in it, its state donated, no copy of pages."""
+  on = mesh("v5e:2x4", tensor)
+  config = presets.from_preset("qwen3-0.6b", dtype="bfloat16", remat="none", attention="auto")
+  slots, page, width = 16, 256, 16
+  with jax.set_mesh(on):
+    state = jax.eval_shape(
+      lambda: sampler.SamplingState(
+        kv_cache=kv_cache.create(config, 1 + slots * width, page, "bfloat16", by_layer=False),
+        **dict.fromkeys(("token_B", "position_B", "remaining_B"), jnp.zeros(slots, jnp.int32)),
+        key_B=sampling.attempt_keys(*[jnp.zeros(slots, jnp.uint32)] * 3),
+        stop_BS=jnp.zeros((slots, sampler.MAX_STOP_IDS), jnp.int32),
+        controls=jax.tree.map(jnp.asarray, sampling.neutral(slots)),
+        history=sampling.empty_history(slots, config.vocab_size),
+      )
+    )
+  heads, rows = (None, None, "tensor"), (None, "tensor")
+  place = lambda tree, *axes: jax.tree.map(lambda x: abstract(on, x.shape, x.dtype, *axes), tree)  # noqa: E731
+  state = dataclasses.replace(
+    place(state),
+    kv_cache=place(state.kv_cache, *heads),
+    history=place(state.history, *rows),
+  )
+  weights = qwen3.unflatten(
+    {
+      path: abstract(on, shape, jnp.bfloat16, *layout(qwen3.DIMS[path]))
+      for path, shape in qwen3.shapes(config).items()
+    }
+  )
+  how = {"chunk": 64, "truncated_logp": False}
+
+  def decode(*arguments):
+    return sampler.decode.__wrapped__(config, *arguments, **how)
+
+  ints = lambda *size: abstract(on, size, jnp.int32)  # noqa: E731
+  program = compiled(on, decode, weights, state, ints(slots, width), ints(), donate=1)
+  assert kernels_of(program) == {"paged_decode"}
+  memory, pages = program.memory_analysis(), jax.tree.leaves(state.kv_cache)
+  cache_bytes = sum(x.size * x.dtype.itemsize for x in pages) // tensor
+  assert memory.alias_size_in_bytes >= cache_bytes > 4 * memory.temp_size_in_bytes

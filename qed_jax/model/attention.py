@@ -49,11 +49,21 @@ def attention(config, q_BTNH, k_BTKH, v_BTKH, rows: flash.PackedRows):
 
 
 def implementation_for(config) -> str:
-  """As configured; "auto" is plain XLA where a device would have query heads without their keys."""
-  if config.attention == "auto" and sharding.several_devices():
-    tensor = jax.sharding.get_abstract_mesh().shape["tensor"]
-    return "xla" if config.num_kv_heads % tensor else "auto"
-  return config.attention
+  """As configured; "auto" is plain XLA where a device would have query heads without their keys.
+
+  Raises NotImplementedError, one line, where the kernel was asked for all the same.
+  """
+  if not sharding.several_devices():
+    return config.attention
+  tensor = jax.sharding.get_abstract_mesh().shape["tensor"]
+  if config.num_kv_heads % tensor == 0:
+    return config.attention
+  if config.attention == "pallas_tpu":
+    raise NotImplementedError(
+      f"pallas_tpu: {config.num_kv_heads} key heads do not split over tensor={tensor}: use "
+      "attention=auto or another mesh"
+    )
+  return "xla" if config.attention == "auto" else config.attention
 
 
 def append_and_attend(config, q_BTNH, k_BTKH, v_BTKH, kv_cache: kv.KVCache, layer, positions_BT):
