@@ -142,8 +142,8 @@ def decode(chip: Chip) -> dict[str, dict]:
   B, pages = 16, 257
 
   def step(q, k, v, k_LPKSH, v_LPKSH, table_BP, positions_B1):
-    cache = da.Cache(k_LPKSH, v_LPKSH, table_BP)
-    return da.decode_attention(q, k, v, cache, 0, positions_B1, implementation="pallas_tpu")
+    cache, new = da.Cache(k_LPKSH, v_LPKSH, None, None, table_BP), da.Tokens(k, v, None, None)
+    return da.decode_attention(q, new, cache, 0, positions_B1, implementation="pallas_tpu")
 
   pool, ints = of(1, pages, K, PAGE, H), lambda *shape: of(*shape, dtype=jnp.int32)
   new = (of(B, 1, N, H), of(B, 1, K, H), of(B, 1, K, H))

@@ -109,25 +109,22 @@ def cache_attention(q_BTNH, kv_cache: kv.KVCache, layer, positions_BT):
 
 def paged_decode(q_B1NH, k_B1KH, v_B1KH, kv_cache: kv.KVCache, layer, positions_B1):
   """append_and_attend in a kernel, which refuses with NotImplementedError what it cannot do."""
-  if kv_cache.table_BP is None or kv_cache.k_scale_LPKS is not None:
-    raise NotImplementedError("pallas_tpu: the cache has no table, or is quantised")
-  stored = kv_cache.k_LPKSH.dtype
-  k_B1KH, v_B1KH = kv.marked(k_B1KH.astype(stored), v_B1KH.astype(stored))
-  pages = decode.Cache(kv_cache.k_LPKSH, kv_cache.v_LPKSH, kv_cache.table_BP)
-
-  def run(q_B1NH, k_B1KH, v_B1KH, pages, layer, positions_B1):
-    arguments = (q_B1NH, k_B1KH, v_B1KH, pages, layer, positions_B1)
-    return decode.decode_attention(*arguments, implementation="pallas_tpu")
-
+  if kv_cache.table_BP is None:
+    raise NotImplementedError("pallas_tpu: the cache has no table")
+  tokens = decode.Tokens(*kv.stored(kv_cache, k_B1KH, v_B1KH))
+  pages = decode.Cache(**{f.name: getattr(kv_cache, f.name) for f in dataclasses.fields(kv_cache)})
+  arguments = (q_B1NH, tokens, pages, jnp.asarray(layer, jnp.int32), positions_B1)
+  run = functools.partial(decode.decode_attention, implementation="pallas_tpu")
   if sharding.several_devices():
-    by_head, paged = P(None, None, "tensor"), P(None, None, "tensor")
+    heads = P(None, None, "tensor")
+    split = lambda tree: jax.tree.map(lambda _: heads, tree)  # noqa: E731
+    layout = dataclasses.replace(split(pages), table_BP=P())
     run = jax.shard_map(
       run,
       mesh=jax.sharding.get_abstract_mesh(),
-      in_specs=(by_head, by_head, by_head, decode.Cache(paged, paged, P()), P(), P()),
-      out_specs=(by_head, paged, paged),
+      in_specs=(heads, split(tokens), layout, P(), P()),
+      out_specs=(heads, layout),
       check_vma=False,
     )
-  layer = jnp.asarray(layer, jnp.int32)
-  o_B1NH, k_LPKSH, v_LPKSH = run(q_B1NH, k_B1KH, v_B1KH, pages, layer, positions_B1)
-  return o_B1NH, dataclasses.replace(kv_cache, k_LPKSH=k_LPKSH, v_LPKSH=v_LPKSH)
+  o_B1NH, pages = run(*arguments)
+  return o_B1NH, kv.KVCache(**{f.name: getattr(pages, f.name) for f in dataclasses.fields(pages)})

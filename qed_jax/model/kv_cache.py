@@ -98,21 +98,27 @@ def append(kv_cache: KVCache, layer, k_BTKH, v_BTKH, positions_BT) -> KVCache:
       new_BTKx.astype(cache_LPKSx.dtype), mode="drop"
     )
 
-  if kv_cache.k_scale_LPKS is None:
-    stored = kv_cache.k_LPKSH.dtype
-    k_BTKH, v_BTKH = marked(k_BTKH.astype(stored), v_BTKH.astype(stored))
-    return dataclasses.replace(
-      kv_cache, k_LPKSH=put(kv_cache.k_LPKSH, k_BTKH), v_LPKSH=put(kv_cache.v_LPKSH, v_BTKH)
-    )
-  k_BTKH, v_BTKH = marked(k_BTKH, v_BTKH)
-  (k_BTKH, k_scale_BTK), (v_BTKH, v_scale_BTK) = quantise(k_BTKH), quantise(v_BTKH)
+  k_BTKH, v_BTKH, k_scale_BTK, v_scale_BTK = stored(kv_cache, k_BTKH, v_BTKH)
+  kv_cache = dataclasses.replace(
+    kv_cache, k_LPKSH=put(kv_cache.k_LPKSH, k_BTKH), v_LPKSH=put(kv_cache.v_LPKSH, v_BTKH)
+  )
+  if k_scale_BTK is None:
+    return kv_cache
   return dataclasses.replace(
     kv_cache,
-    k_LPKSH=put(kv_cache.k_LPKSH, k_BTKH),
-    v_LPKSH=put(kv_cache.v_LPKSH, v_BTKH),
     k_scale_LPKS=put(kv_cache.k_scale_LPKS, k_scale_BTK),
     v_scale_LPKS=put(kv_cache.v_scale_LPKS, v_scale_BTK),
   )
+
+
+def stored(kv_cache: KVCache, k_BTKH, v_BTKH) -> tuple[Any, Any, Any, Any]:
+  """New tokens as the pages hold them: k_BTKH, v_BTKH, and k_scale_BTK, v_scale_BTK or None."""
+  if kv_cache.k_scale_LPKS is None:
+    dtype = kv_cache.k_LPKSH.dtype
+    return *marked(k_BTKH.astype(dtype), v_BTKH.astype(dtype)), None, None
+  k_BTKH, v_BTKH = marked(k_BTKH, v_BTKH)
+  (k_BTKH, k_scale_BTK), (v_BTKH, v_scale_BTK) = quantise(k_BTKH), quantise(v_BTKH)
+  return k_BTKH, v_BTKH, k_scale_BTK, v_scale_BTK
 
 
 def read(kv_cache: KVCache, layer, dtype) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ The new token is merged into the tile of rows that holds its place on the sequen
 from there, and written through an aliased output that is flushed once a sequence: no scatter.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -29,7 +30,7 @@ X_XT = (((1,), (1,)), ((), ()))  # products of two matrices: which dimension of 
 X_X = (((1,), (0,)), ((), ()))
 
 
-def decode_attention(q_BTNH, k_BTKH, v_BTKH, cache, layer, positions_BT, scale: float):
+def decode_attention(q_BTNH, new, cache, layer, positions_BT, scale: float):
   """As the reference, for one new token a sequence."""
   limits(q_BTNH, cache)
   B, _, N, H = q_BTNH.shape
@@ -39,12 +40,10 @@ def decode_attention(q_BTNH, k_BTKH, v_BTKH, cache, layer, positions_BT, scale: 
   q_BKRH = jnp.pad(q_BTNH.reshape(B, K, G, H), ((0, 0), (0, 0), (0, R - G), (0, 0)))
   length_B = jnp.maximum(positions_BT[:, 0] + 1, 0)
   interpret = not choice.on_tpu()
-  o_BKRH, k_LPKSH, v_LPKSH = attention(
-    scale, interpret, q_BKRH, k_BTKH[:, 0], v_BTKH[:, 0], cache, layer, length_B
-  )
+  o_BKRH, cache = attention(scale, interpret, q_BKRH, new, cache, layer, length_B)
   # The rows of a sequence without tokens were never written.
   o_BKRH = jnp.where((length_B > 0)[:, None, None, None], o_BKRH, 0)
-  return o_BKRH[:, :, :G].reshape(B, 1, N, H), k_LPKSH, v_LPKSH
+  return o_BKRH[:, :, :G].reshape(B, 1, N, H), cache
 
 
 def limits(q_BTNH, cache) -> None:
@@ -58,8 +57,8 @@ def limits(q_BTNH, cache) -> None:
     raise NotImplementedError(f"pallas_tpu: pages of {S} tokens, not a multiple of {LANES}")
   if H % LANES:
     raise NotImplementedError(f"pallas_tpu: head_dim {H} is no multiple of {LANES}")
-  if dtype not in (jnp.bfloat16, jnp.float32):
-    raise NotImplementedError(f"pallas_tpu: pages of {dtype}, not bfloat16 or float32")
+  if dtype not in (jnp.bfloat16, jnp.float32, jnp.int8):
+    raise NotImplementedError(f"pallas_tpu: pages of {dtype}, not bfloat16, float32 or int8")
 
 
 def work_list(length_B, table_BP, page: int):
@@ -78,59 +77,65 @@ def work_list(length_B, table_BP, page: int):
   return *(x.astype(jnp.int32) for x in lists), end_B[-1].astype(jnp.int32)
 
 
-def attention(scale, interpret, q_BKRH, k_BKH, v_BKH, cache, layer, length_B):
-  """-> o_BKRH and the pages with the new token in them; rows of empty sequences are unwritten."""
+def attention(scale, interpret, q_BKRH, new, cache, layer, length_B):
+  """-> o_BKRH and the cache with the new token in it; rows of empty sequences are unwritten."""
   B, K, R, H = q_BKRH.shape
-  k_LPKSH, v_LPKSH, table_BP = cache.k_LPKSH, cache.v_LPKSH, cache.table_BP
-  page, stored = k_LPKSH.shape[3], k_LPKSH.dtype
+  page, stored, table_BP = cache.k_LPKSH.shape[3], cache.k_LPKSH.dtype, cache.table_BP
   rows = 32 // stored.itemsize  # of a native tile: the least that can be written
   sequence_X, page_X, first_X, flags_X, count = work_list(length_B, table_BP, page)
   newest_B = jnp.maximum(length_B - 1, 0)
   target_B = jnp.take_along_axis(table_BP, (newest_B // page)[:, None], axis=1)[:, 0]
   tile_B = newest_B % page // rows
-
-  q_spec = pl.BlockSpec((None, K, R, H), lambda x, layer, sequence, *_: (sequence[x], 0, 0, 0))
-  new_spec = pl.BlockSpec((None, K, 1, H), lambda x, layer, sequence, *_: (sequence[x], 0, 0, 0))
-  page_spec = pl.BlockSpec(
-    (None, None, K, page, H), lambda x, layer, sequence, page, *_: (layer[0], page[x], 0, 0, 0)
-  )
-
-  def written(x, layer, sequence, page, first, flags, length, target, tile):
-    return layer[0], target[sequence[x]], 0, tile[sequence[x]], 0
-
-  tile_spec = pl.BlockSpec((None, None, K, rows, H), written)
-  of_rows = lambda: pltpu.VMEM((K * R, LANES), jnp.float32)  # noqa: E731
   scalars = (
     jnp.asarray(layer, jnp.int32).reshape(1), sequence_X, page_X, first_X, flags_X,
     *(x.astype(jnp.int32) for x in (length_B, target_B, tile_B)),
   )  # fmt: skip
-  return pl.pallas_call(
-    functools.partial(kernel, scale=scale, rows=rows),
+
+  def of_page(x, layer, sequence, page, *_):
+    return layer[0], page[x]
+
+  def of_newest(x, layer, sequence, page, first, flags, length, target, tile):
+    return layer[0], target[sequence[x]]
+
+  def of_tile(x, layer, sequence, page, first, flags, length, target, tile):
+    return layer[0], target[sequence[x]], 0, tile[sequence[x]], 0
+
+  spec = lambda shape, at, zeros: pl.BlockSpec(shape, lambda *i: (*at(*i), *(0,) * zeros))  # noqa: E731
+  of_sequence = lambda x, layer, sequence, *_: (sequence[x],)  # noqa: E731
+  q_spec = spec((None, K, R, H), of_sequence, 3)
+  page_spec = spec((None, None, K, page, H), of_page, 3)
+  new_spec = spec((None, K, 1, H), of_sequence, 3)
+  tile_spec = pl.BlockSpec((None, None, K, rows, H), of_tile)
+  pages = [cache.k_LPKSH, cache.v_LPKSH]
+  # As float32, of which one row is a tile's row; rows of smaller types are parts of one.
+  newest = [x_B1KH.astype(jnp.float32)[:, 0, :, None] for x_B1KH in (new.k_BTKH, new.v_BTKH)]
+  page_specs, new_specs, out_specs = [page_spec] * 2, [new_spec] * 2, [tile_spec] * 2
+  if stored == jnp.int8:
+    pages += [cache.k_scale_LPKS, cache.v_scale_LPKS]
+    newest += [x_B1K[:, 0, :, None] for x_B1K in (new.k_scale_BTK, new.v_scale_BTK)]
+    page_specs += [spec((None, None, K, page), of_page, 2)] * 2
+    new_specs += [spec((None, K, 1), of_sequence, 2)] * 2
+    out_specs += [spec((None, None, K, page), of_newest, 2)] * 2
+
+  of_rows = lambda: pltpu.VMEM((K * R, LANES), jnp.float32)  # noqa: E731
+  abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
+  o_BKRH, *pages = pl.pallas_call(
+    functools.partial(kernel, scale=scale, rows=rows, arrays=len(pages)),
     name="paged_decode",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars),
       grid=(count,),
-      in_specs=[q_spec, page_spec, page_spec, new_spec, new_spec],
-      out_specs=[q_spec, tile_spec, tile_spec],
+      in_specs=[q_spec, *page_specs, *new_specs],
+      out_specs=[q_spec, *out_specs],
       scratch_shapes=[of_rows(), of_rows(), pltpu.VMEM((K * R, H), jnp.float32)],
     ),
-    out_shape=[
-      jax.ShapeDtypeStruct(q_BKRH.shape, q_BKRH.dtype),
-      jax.ShapeDtypeStruct(k_LPKSH.shape, stored),
-      jax.ShapeDtypeStruct(v_LPKSH.shape, stored),
-    ],
-    input_output_aliases={len(scalars) + 1: 1, len(scalars) + 2: 2},
+    out_shape=[abstract(q_BKRH), *map(abstract, pages)],
+    input_output_aliases={len(scalars) + 1 + i: 1 + i for i in range(len(pages))},
     compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM),
     interpret=interpret,
-  )(
-    *scalars,
-    q_BKRH,
-    k_LPKSH,
-    v_LPKSH,
-    # As float32, of which one row is a tile's row; a bfloat16 row is half of one.
-    k_BKH.astype(jnp.float32)[:, :, None],
-    v_BKH.astype(jnp.float32)[:, :, None],
-  )
+  )(*scalars, q_BKRH, *pages, *newest)
+  names = ("k_LPKSH", "v_LPKSH", "k_scale_LPKS", "v_scale_LPKS")
+  return o_BKRH, dataclasses.replace(cache, **dict(zip(names, pages, strict=False)))
 
 
 def dot(x, y, dims):
@@ -141,10 +146,17 @@ def dot(x, y, dims):
 
 def kernel(
   layer_ref, sequence_ref, page_ref, first_ref, flags_ref, length_ref, target_ref, tile_ref,
-  q_ref, k_ref, v_ref, new_k_ref, new_v_ref, o_ref, k_out_ref, v_out_ref,
-  largest_ref, sums_ref, o_sum_ref, *, scale: float, rows: int,
+  q_ref, *refs, scale: float, rows: int, arrays: int,
 ):  # fmt: skip
-  """One page: the new token merged in if it is the last one, scores, softmax so far, P V."""
+  """One page: the new token merged in if it is the last one, scores, softmax so far, P V.
+
+  refs: keys and values of the page, with int8 their scales; the same of the new token; the output;
+  what is written of the page; scratch. arrays: 2, or 4 with scales.
+  """
+  page_refs, new_refs, o_ref = refs[:arrays], refs[arrays : 2 * arrays], refs[2 * arrays]
+  out_refs = refs[2 * arrays + 1 : 3 * arrays + 1]
+  largest_ref, sums_ref, o_sum_ref = refs[3 * arrays + 1 :]
+  (k_ref, v_ref), scale_refs = page_refs[:2], page_refs[2:]
   x = pl.program_id(0)
   flags, live = flags_ref[x], length_ref[sequence_ref[x]] - first_ref[x]  # tokens of this page
   (K, R, _), page = q_ref.shape, k_ref.shape[1]
@@ -160,14 +172,23 @@ def kernel(
     newest = live - 1
     at = pl.ds(pl.multiple_of(newest // rows * rows, rows), rows)
     hit_1r1 = lax.broadcasted_iota(jnp.int32, (1, rows, 1), 1) == newest % rows
-    for ref, new_ref, out_ref in ((k_ref, new_k_ref, k_out_ref), (v_ref, new_v_ref, v_out_ref)):
+    for ref, new_ref, out_ref in zip(page_refs[:2], new_refs[:2], out_refs[:2], strict=True):
       old_KrH = ref[:, at, :].astype(jnp.float32)
       tile_KrH = jnp.where(hit_1r1, new_ref[...], old_KrH).astype(ref.dtype)
       ref[:, at, :] = tile_KrH
       out_ref[...] = tile_KrH
+    for ref, new_ref, out_ref in zip(scale_refs, new_refs[2:], out_refs[2:], strict=True):
+      hit_KS = lax.broadcasted_iota(jnp.int32, ref.shape, 1) == newest
+      scale_KS = jnp.where(hit_KS, new_ref[...], ref[...])
+      ref[...] = scale_KS
+      out_ref[...] = scale_KS
 
   def body(masked: bool) -> None:
-    s_XS = jnp.concatenate([dot(q_ref[h], k_ref[h], X_XT) for h in range(K)]) * (scale * LOG2E)
+    by_head = []
+    for h in range(K):
+      s_RS = dot(q_ref[h], k_ref[h].astype(q_ref.dtype), X_XT)
+      by_head.append(s_RS * scale_refs[0][h : h + 1, :] if scale_refs else s_RS)
+    s_XS = jnp.concatenate(by_head) * (scale * LOG2E)
     if masked:
       s_XS = jnp.where(lax.broadcasted_iota(jnp.int32, s_XS.shape, 1) < live, s_XS, UNSEEN)
     before_XL = largest_ref[...]  # all lanes alike
@@ -177,10 +198,10 @@ def kernel(
     largest_ref[...] = largest_XL
     lane_sums_XL = sum(p_XS[:, i : i + LANES] for i in range(0, page, LANES))
     sums_ref[...] = sums_ref[...] * shrink_XL + lane_sums_XL
-    p_XS = p_XS.astype(v_ref.dtype)
     for h in range(K):
       own = slice(h * R, (h + 1) * R)
-      pv_RH = dot(p_XS[own], v_ref[h], X_X)
+      p_RS = p_XS[own] * scale_refs[1][h : h + 1, :] if scale_refs else p_XS[own]
+      pv_RH = dot(p_RS.astype(q_ref.dtype), v_ref[h].astype(q_ref.dtype), X_X)
       o_sum_ref[own, :] = o_sum_ref[own, :] * shrink_XL[own, :1] + pv_RH
 
   pl.when((flags & LAST) == 0)(lambda: body(False))
