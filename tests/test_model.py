@@ -389,7 +389,7 @@ def test_bfloat16_stays_near_float32(tiny_with):
 
 def test_long_rows_in_chunks_of_queries_equal_one_block(monkeypatch, tiny):
   """The chunked attention of long rows gives the values and gradients of the whole one."""
-  from qed_jax.model import attention
+  from qed_kernels.flash_attention import xla
 
   config, params = tiny
   tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (2, 37))
@@ -405,7 +405,7 @@ def test_long_rows_in_chunks_of_queries_equal_one_block(monkeypatch, tiny):
     return value, qwen3.flatten(gradient)
 
   value, gradient = run()
-  monkeypatch.setattr(attention, "QUERY_CHUNK", 8)
+  monkeypatch.setattr(xla, "QUERY_CHUNK", 8)
   other, others = run()
   np.testing.assert_allclose(other, value, rtol=1e-6)
   for path, x in gradient.items():
