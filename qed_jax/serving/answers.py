@@ -5,7 +5,7 @@ import math
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from qed_jax.serving.choice import Choice, Delta, Logprob
 from qed_jax.serving.vocabulary import INCOMPLETE, Vocabulary
@@ -15,7 +15,14 @@ LEAST = -9999.0  # JSON has no -Infinity; OpenAI sends this for what cannot be s
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-  """What both endpoints have in common. model: its name here."""
+  """What both endpoints have in common. model: its name here.
+
+  PREFIX, WHOLE, CHUNK: of the endpoint's ids, and what it calls an answer and a chunk of one.
+  """
+
+  PREFIX: ClassVar[str]
+  WHOLE: ClassVar[str]
+  CHUNK: ClassVar[str]
 
   model: str
   vocabulary: Vocabulary
@@ -40,7 +47,8 @@ class Answers:
     return {**self._envelope(stream=True), "choices": [], "usage": usage}
 
   def _envelope(self, stream: bool) -> dict[str, Any]:
-    raise NotImplementedError
+    kind, id_ = self.CHUNK if stream else self.WHOLE, f"{self.PREFIX}-{self.id}"
+    return {"id": id_, "object": kind, "created": self.created, "model": self.model}
 
   def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
     usage = {"usage": None} if self.usage_in_chunks else {}
@@ -49,6 +57,8 @@ class Answers:
 
 class ChatAnswers(Answers):
   """/v1/chat/completions. Reasoning goes to `reasoning_content`, as vLLM and others name it."""
+
+  PREFIX, WHOLE, CHUNK = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
   def whole(
     self, choices: Sequence[Choice], deltas: Sequence[Delta], usage: dict[str, Any]
@@ -86,11 +96,6 @@ class ChatAnswers(Answers):
     """The end of a choice."""
     return self._delta(index, {}, choice.finish_reason)
 
-  def _envelope(self, stream: bool) -> dict[str, Any]:
-    kind = "chat.completion.chunk" if stream else "chat.completion"
-    id_ = f"chatcmpl-{self.id}"
-    return {"id": id_, "object": kind, "created": self.created, "model": self.model}
-
   def _delta(self, index: int, delta: dict[str, Any], reason: str | None = None):
     return self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": reason})
 
@@ -111,6 +116,8 @@ class ChatAnswers(Answers):
 
 class CompletionAnswers(Answers):
   """/v1/completions. The text is as the model wrote it, think tags and all."""
+
+  PREFIX, WHOLE, CHUNK = "cmpl", "text_completion", "text_completion"
 
   def whole(
     self, choices: Sequence[Choice], deltas: Sequence[Delta], usage: dict[str, Any]
@@ -135,10 +142,6 @@ class CompletionAnswers(Answers):
   def last(self, index: int, choice: Choice) -> dict[str, Any]:
     """The end of a choice."""
     return self._chunk(self._part(index, Delta(), choice.finish_reason))
-
-  def _envelope(self, stream: bool) -> dict[str, Any]:
-    id_ = f"cmpl-{self.id}"
-    return {"id": id_, "object": "text_completion", "created": self.created, "model": self.model}
 
   def _part(self, index: int, delta: Delta, reason: str | None) -> dict[str, Any]:
     logprobs = self._logprobs(delta.logprobs) if delta.logprobs else None

@@ -181,6 +181,49 @@ def each_kind(flags, body) -> None:
   pl.when((flags & (MASKED | VALID)) == MASKED | VALID)(lambda: body(True))
 
 
+def tile_specs(b: Blocks, G: int, H: int, entries: int):
+  """What a tile reads or writes of [B, K, G, T, H], of [B, K, S, H] and of [B, K, Q, 1, X]."""
+  tile = lambda n, t: n * entries + t  # noqa: E731
+  return (
+    pl.BlockSpec(
+      (None, None, G, b.query, H), lambda n, h, t, query, *_: (n, h, 0, query[tile(n, t)], 0)
+    ),
+    pl.BlockSpec((None, None, b.key, H), lambda n, h, t, query, key, _: (n, h, key[tile(n, t)], 0)),
+    pl.BlockSpec(
+      (None, None, None, 1, G * b.query),
+      lambda n, h, t, query, *_: (n, h, query[tile(n, t)], 0, 0),
+    ),
+  )
+
+
+def over_tiles(kernel, name, listed: Tiles, *, inputs, outputs, scratch, products, interpret):
+  """Runs a kernel over the listed tiles of every row and key head -> its outputs.
+
+  inputs: arrays and their specs; the first two are q and k. outputs: shapes and their specs.
+  scratch: shapes of float32 in VMEM. products: matrix products of a tile.
+  """
+  arrays, in_specs = zip(*inputs, strict=True)
+  shapes, out_specs = zip(*outputs, strict=True)
+  B, K = arrays[1].shape[:2]
+  return pl.pallas_call(
+    kernel,
+    name=name,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=3,
+      grid=(B, K, jnp.max(listed.count_B)),
+      in_specs=in_specs,
+      out_specs=out_specs,
+      scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+    ),
+    out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
+    ),
+    cost_estimate=cost(arrays[0], arrays[1], products),
+    interpret=interpret,
+  )(listed.query_BX.ravel(), listed.key_BX.ravel(), listed.flags_BX.ravel(), *arrays)
+
+
 # --- forward -----------------------------------------------------------------------------------
 
 
@@ -189,50 +232,23 @@ def forward(scale, interpret, q_BKGTH, k_BKTH, v_BKTH, plan: Plan):
   B, K, G, T, H = q_BKGTH.shape
   b, listed = blocks(T), plan.forward
   X, entries = G * b.query, listed.query_BX.shape[1]
-  tile = lambda n, t: n * entries + t  # noqa: E731
-  q_spec = pl.BlockSpec(
-    (None, None, G, b.query, H), lambda n, h, t, query, key, flags: (n, h, 0, query[tile(n, t)], 0)
-  )
-  kv_spec = pl.BlockSpec(
-    (None, None, b.key, H), lambda n, h, t, query, key, flags: (n, h, key[tile(n, t)], 0)
-  )
+  q_spec, kv_spec, row_spec = tile_specs(b, G, H, entries)
   start_spec = pl.BlockSpec(
-    (None, b.query, LANES), lambda n, h, t, query, key, flags: (n, query[tile(n, t)], 0)
+    (None, b.query, LANES), lambda n, h, t, query, *_: (n, query[n * entries + t], 0)
   )
-  lse_spec = pl.BlockSpec(
-    (None, None, None, 1, X), lambda n, h, t, query, key, flags: (n, h, query[tile(n, t)], 0, 0)
-  )
-  return pl.pallas_call(
+  start_BTL = jnp.broadcast_to(plan.start_BT[..., None], (B, T, LANES))
+  return over_tiles(
     functools.partial(forward_kernel, b=b, G=G, scale=scale, entries=entries),
-    name="flash_forward",
-    grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=3,
-      grid=(B, K, jnp.max(listed.count_B)),
-      in_specs=[q_spec, kv_spec, kv_spec, start_spec],
-      out_specs=[q_spec, lse_spec],
-      scratch_shapes=[
-        pltpu.VMEM((X, LANES), jnp.float32),
-        pltpu.VMEM((X, LANES), jnp.float32),
-        pltpu.VMEM((X, H), jnp.float32),
-      ],
+    "flash_forward",
+    listed,
+    inputs=((q_BKGTH, q_spec), (k_BKTH, kv_spec), (v_BKTH, kv_spec), (start_BTL, start_spec)),
+    outputs=(
+      (q_BKGTH, q_spec),
+      (jax.ShapeDtypeStruct((B, K, T // b.query, 1, X), jnp.float32), row_spec),
     ),
-    out_shape=[
-      jax.ShapeDtypeStruct(q_BKGTH.shape, q_BKGTH.dtype),
-      jax.ShapeDtypeStruct((B, K, T // b.query, 1, X), jnp.float32),
-    ],
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
-    ),
-    cost_estimate=cost(q_BKGTH, k_BKTH, products=2),
+    scratch=((X, LANES), (X, LANES), (X, H)),
+    products=2,
     interpret=interpret,
-  )(
-    listed.query_BX.ravel(),
-    listed.key_BX.ravel(),
-    listed.flags_BX.ravel(),
-    q_BKGTH,
-    k_BKTH,
-    v_BKTH,
-    jnp.broadcast_to(plan.start_BT[..., None], (B, T, LANES)),
   )
 
 
@@ -301,55 +317,29 @@ def backward(
   """
   B, K, G, T, H = q_BKGTH.shape
   S, X, Q, entries = k_BKSH.shape[2], G * b.query, T // b.query, listed.query_BX.shape[1]
-  tile = lambda n, t: n * entries + t  # noqa: E731
-  q_spec = pl.BlockSpec(
-    (None, None, G, b.query, H), lambda n, h, t, query, key, flags: (n, h, 0, query[tile(n, t)], 0)
-  )
-  kv_spec = pl.BlockSpec(
-    (None, None, b.key, H), lambda n, h, t, query, key, flags: (n, h, key[tile(n, t)], 0)
-  )
+  q_spec, kv_spec, row_spec = tile_specs(b, G, H, entries)
   start_spec = pl.BlockSpec(
-    (None, 1, b.query), lambda n, h, t, query, key, flags: (n, 0, query[tile(n, t)])
-  )
-  row_spec = pl.BlockSpec(
-    (None, None, None, 1, X), lambda n, h, t, query, key, flags: (n, h, query[tile(n, t)], 0, 0)
+    (None, 1, b.query), lambda n, h, t, query, *_: (n, 0, query[n * entries + t])
   )
   dq_spec = pl.BlockSpec((None, None, G, T, H), lambda n, h, t, *_: (n, h, 0, 0, 0))
-  dq, dk, dv = pl.pallas_call(
+  keys = jax.ShapeDtypeStruct(k_BKSH.shape, jnp.float32)
+  dq, dk, dv = over_tiles(
     functools.partial(backward_kernel, b=b, G=G, scale=scale, entries=entries, first=first),
-    name="flash_backward",
-    grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=3,
-      grid=(B, K, jnp.max(listed.count_B)),
-      in_specs=[q_spec, kv_spec, kv_spec, q_spec, start_spec, row_spec, row_spec],
-      out_specs=[dq_spec, kv_spec, kv_spec],
-      scratch_shapes=[
-        pltpu.VMEM((Q, X, H), jnp.float32),
-        pltpu.VMEM((b.key, H), jnp.float32),
-        pltpu.VMEM((b.key, H), jnp.float32),
-      ],
+    "flash_backward",
+    listed,
+    inputs=(
+      (q_BKGTH, q_spec),
+      (k_BKSH, kv_spec),
+      (v_BKSH, kv_spec),
+      (do_BKGTH, q_spec),
+      (start_BT[:, None], start_spec),
+      (lse_BKQ1X, row_spec),
+      (offset_BKQ1X, row_spec),
     ),
-    out_shape=[
-      jax.ShapeDtypeStruct(q_BKGTH.shape, q_BKGTH.dtype),
-      jax.ShapeDtypeStruct(k_BKSH.shape, jnp.float32),
-      jax.ShapeDtypeStruct(v_BKSH.shape, jnp.float32),
-    ],
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
-    ),
-    cost_estimate=cost(q_BKGTH, k_BKSH, products=5),
+    outputs=((q_BKGTH, dq_spec), (keys, kv_spec), (keys, kv_spec)),
+    scratch=((Q, X, H), (b.key, H), (b.key, H)),
+    products=5,
     interpret=interpret,
-  )(
-    listed.query_BX.ravel(),
-    listed.key_BX.ravel(),
-    listed.flags_BX.ravel(),
-    q_BKGTH,
-    k_BKSH,
-    v_BKSH,
-    do_BKGTH,
-    start_BT[:, None],
-    lse_BKQ1X,
-    offset_BKQ1X,
   )
   # A key block that is in no tile was never written.
   touched_B1S1 = jnp.repeat(listed.touched_BG, b.key, axis=1)[:, None, :S, None]
