@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import dataclasses  # noqa: E402
+import gc  # noqa: E402
 import importlib.util  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -42,6 +43,15 @@ TINY = qwen3.Qwen3Config(
   remat="none",
   attention="xla",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_file():
+  """Let go of a file's compiled programs at its end: XLA maps several regions of memory for each,
+  and Linux allows a process 65,530. The run died of it, "Aborted", at the file that had one more."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope="session")
