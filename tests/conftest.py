@@ -48,7 +48,7 @@ TINY = qwen3.Qwen3Config(
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_a_file():
   """Let go of a file's compiled programs at its end: XLA maps several regions of memory for each,
-  and Linux allows a process 65,530. The run died of it, "Aborted", at the file that had one more."""
+  and Linux allows a process 65,530. A run that kept them all died of it, "Aborted"."""
   yield
   jax.clear_caches()
   gc.collect()

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import tpu as pltpu
-from qed_kernels import choice
+from qed_kernels import choice, hopper
 from qed_kernels import decode_attention as da
-from qed_kernels.decode_attention import pallas_tpu
+from qed_kernels.decode_attention import pallas_gpu, pallas_tpu
 
 from qed_jax.model import kv_cache, qwen3
 from qed_jax.sharding import make_mesh
@@ -105,6 +106,24 @@ def test_several_new_tokens_a_sequence():
   check("xla", arguments)
   with pytest.raises(NotImplementedError, match="3 new tokens"):
     da.decode_attention(*arguments, implementation="pallas_tpu")
+
+
+@pytest.mark.skipif(
+  not hasattr(mosaic_gpu, "InterpretGPUParams"),
+  reason="the interpreter of GPU kernels came with jax 0.11",
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+  ("lengths", "T", "G"), [([1, 500, 0, 128], 1, 4), ([3, 130, 0, 449], 3, 2)]
+)
+def test_the_hopper_kernel(lengths, T, G, dtype, monkeypatch):
+  """One and several new tokens, sequences split into parts of two steps, in jax's interpreter of
+  GPU kernels: memory starts as nan there, and unordered accesses are an error."""
+  how = mosaic_gpu.InterpretGPUParams(detect_races=True)
+  monkeypatch.setattr(hopper, "interpreter", lambda name: how)
+  monkeypatch.setattr(pallas_gpu, "STEPS", 2)
+  arguments = draw(lengths, T=T, G=G, dtype=dtype)
+  check("pallas_gpu", (arguments[0].astype("bfloat16"), *arguments[1:]), "bfloat16")
 
 
 @pytest.mark.parametrize("stale", [np.nan, np.inf])

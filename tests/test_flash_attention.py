@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import tpu as pltpu
-from qed_kernels import choice
+from qed_kernels import choice, hopper
 from qed_kernels import flash_attention as fa
-from qed_kernels.flash_attention import pallas_tpu, tiles
+from qed_kernels.flash_attention import pallas_gpu, pallas_tpu, tiles
 from qed_kernels.flash_attention.shapes import SMALL, Shape
 
 from qed_jax.model import attention, qwen3
@@ -125,6 +126,47 @@ def test_nothing_unwritten_is_read_and_nothing_races(monkeypatch):
   assert not interpret_pallas_call.races.races_found
 
 
+HOPPER = {
+  "key blocks not seen by all": Shape(1, 300, 4, 2, 128, 3),
+  "rows, padding, small heads": Shape(2, 130, 2, 1, 64, 2),
+  "one head each": Shape(1, 256, 2, 2, 64, 1),
+}
+
+
+@pytest.mark.skipif(
+  not hasattr(mosaic_gpu, "InterpretGPUParams"),
+  reason="the interpreter of GPU kernels came with jax 0.11",
+)
+@pytest.mark.parametrize("shape", HOPPER.values(), ids=HOPPER)
+def test_the_hopper_kernels(shape, monkeypatch):
+  """Values and gradients, in jax's interpreter of GPU kernels: memory starts as nan there, and
+  accesses that no barrier or fence orders are an error."""
+  how = mosaic_gpu.InterpretGPUParams(detect_races=True)
+  monkeypatch.setattr(hopper, "interpreter", lambda name: how)
+  arrays, segments_BT = draw(shape, dtype="bfloat16")
+  found = run("pallas_gpu", arrays, segments_BT)
+  assert_close(found, expected(arrays, segments_BT), LIMITS["bfloat16"])
+
+
+def lowered_for_hopper(program, *arguments) -> str:
+  """The program for an H200, before ptxas."""
+  device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+  mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    return jax.jit(program).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_the_hopper_kernels_lower(monkeypatch):
+  """At the sizes of Qwen3-4B; and what does not fit into shared memory is refused here already."""
+  arrays, segments_BT = draw(Shape(1, 512, 8, 2, 128, 2), dtype="bfloat16")
+  program = functools.partial(make_program("pallas_gpu", None), segments_BT=segments_BT)
+  assert lowered_for_hopper(program, *arrays).count("@mosaic_gpu") == 3
+  monkeypatch.setattr(pallas_gpu, "SLOTS", 8)
+  program = functools.partial(make_program("pallas_gpu", None), segments_BT=segments_BT)
+  with pytest.raises(ValueError, match="shared memory|SMEM"):
+    lowered_for_hopper(program, *arrays)
+
+
 def test_the_same_bits_each_time():
   """The order of every sum is fixed."""
   arrays, segments_BT = draw(SMALL["off every block"], dtype="bfloat16")
@@ -197,8 +239,11 @@ def test_what_the_kernel_cannot_do_it_refuses(changes, said):
   arrays, segments_BT = draw(dataclasses.replace(Shape(1, 32, 2, 1, 64, 2), **changes))
   with pytest.raises(NotImplementedError, match=said):
     run("pallas_tpu", arrays, segments_BT)
-  with pytest.raises(NotImplementedError, match="float16"):
-    run("pallas_tpu", draw(Shape(1, 32, 2, 1, 64, 2), dtype="float16")[0], segments_BT)
+  with pytest.raises(NotImplementedError, match=said):
+    run("pallas_gpu", arrays, segments_BT)
+  for name, dtype in (("pallas_tpu", "float16"), ("pallas_gpu", "float32")):
+    with pytest.raises(NotImplementedError, match=f"{name}: {dtype}"):
+      run(name, draw(Shape(1, 32, 2, 1, 64, 2), dtype=dtype)[0], segments_BT)
 
 
 def test_auto_falls_through_and_says_so_once(monkeypatch, caplog):
@@ -216,7 +261,9 @@ def test_auto_falls_through_and_says_so_once(monkeypatch, caplog):
 
 
 def test_an_unknown_implementation_is_one_line():
-  with pytest.raises(ValueError, match="'triton': choose auto, reference, xla, pallas_tpu"):
+  with pytest.raises(
+    ValueError, match="'triton': choose auto, reference, xla, pallas_tpu, pallas_gpu"
+  ):
     fa.candidates("triton")
 
 

@@ -4,14 +4,16 @@
 
 Checks (a failed one makes the exit code 1): fp32 logits against float64 on the CPU; sampler
 log-probs against the trainer's score in fp32; gradients finite. Measures: a large bf16 product and
-a copy (the ceilings), attention forward and backward by implementation, cuDNN's beside ours, a
-train step of --train, a decode step of --decode at several batch sizes.
+a copy (the ceilings), attention forward and backward in plain XLA and cuDNN, a train step of
+--train, a decode step of --decode at several batch sizes. Before all that tools/gpu_kernels.py
+checks and times our kernels, in a process of its own that is ended when it hangs.
 """
 
 import argparse
 import dataclasses
 import functools
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,6 +33,7 @@ from qed_jax.rollout import engine as engines  # noqa: E402
 from qed_jax.rollout.device import Shapes  # noqa: E402
 
 TOLERANCE_LOGITS, TOLERANCE_LOGP = 2e-4, 1e-4
+KERNELS_WITHIN = 240  # seconds
 HOW = {"dtype": "bfloat16", "remat": "layer", "attention": "auto"}
 ENGINE = {
   "lanes": 1,
@@ -165,6 +168,28 @@ def attention_times(length: int) -> dict:
   return values
 
 
+def kernels() -> dict:
+  """What tools/gpu_kernels.py finds. Raises RuntimeError, one line, when it fails or hangs.
+
+  Call it before anything here touches the GPU, of which a process takes most of the memory.
+  """
+  command = [sys.executable, str(Path(__file__).with_name("gpu_kernels.py"))]
+  try:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=KERNELS_WITHIN)
+  except subprocess.TimeoutExpired as stopped:
+    said = (stopped.stdout or b"").decode().splitlines()
+    last = said[-1] if said else "nothing"
+    raise RuntimeError(f"not done in {KERNELS_WITHIN} s; the last line was: {last}") from None
+  if done.returncode == 2:
+    return {}  # no GPU: what comes next says so
+  *table, last = done.stdout.splitlines() or done.stderr.splitlines()[-1:] or ["nothing was said"]
+  print("\n".join(table), flush=True)
+  found = json.loads(last) if last.startswith("{") else {"failed": [last]}
+  if found["failed"]:
+    raise RuntimeError("; ".join(found["failed"]))
+  return {k: v for k, v in found.items() if k not in ("device", "jax", "failed")}
+
+
 def train_step(preset: str, rows: int, length: int) -> dict:
   """Score, gradient and AdamW of random tokens; parameters and moments in bf16 to fit."""
   import optax
@@ -260,12 +285,17 @@ def main() -> int:
     help="slots x context tokens of the decode steps",
   )
   args = parser.parse_args()
+  found, failed = {}, []
+  try:
+    found |= kernels()
+  except RuntimeError as error:
+    failed.append(f"kernels: {error}")
   device = jax.devices()[0]
   if device.platform != "gpu":
     print(f"error: the default device is {device.platform}: this needs a CUDA GPU", file=sys.stderr)
     return 2
   mesh = sharding.make_mesh(1, 1, 1, jax.devices()[:1])
-  found = {"device": device.device_kind, "jax": jax.__version__}
+  found |= {"device": device.device_kind, "jax": jax.__version__}
   steps = [
     ("numerics", lambda: numerics(mesh)),
     ("ceilings", ceilings),
@@ -274,7 +304,6 @@ def main() -> int:
     ("decode", lambda: decode_steps(
       args.decode, args.work, mesh, found.get("copy_tb_s", 3.0))),
   ]  # fmt: skip
-  failed = []
   for name, step in steps:
     try:
       values = step()

@@ -11,6 +11,11 @@ def on_tpu() -> bool:
   return device().platform == "tpu"
 
 
+def on_gpu() -> bool:
+  """Whether what is being traced is for an NVIDIA GPU."""
+  return device().platform in ("gpu", "cuda")
+
+
 def device():
   """What is being traced for, with `platform` and `device_kind`: of the mesh in use, or else the
   default device."""

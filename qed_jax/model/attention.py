@@ -58,9 +58,9 @@ def implementation_for(config) -> str:
   tensor = jax.sharding.get_abstract_mesh().shape["tensor"]
   if config.num_kv_heads % tensor == 0:
     return config.attention
-  if config.attention == "pallas_tpu":
+  if config.attention.startswith("pallas"):
     raise NotImplementedError(
-      f"pallas_tpu: {config.num_kv_heads} key heads do not split over tensor={tensor}: use "
+      f"{config.attention}: {config.num_kv_heads} key heads do not split over tensor={tensor}: use "
       "attention=auto or another mesh"
     )
   return "xla" if config.attention == "auto" else config.attention
@@ -72,11 +72,12 @@ def append_and_attend(config, q_BTNH, k_BTKH, v_BTKH, kv_cache: kv.KVCache, laye
   A negative position is padding: written nowhere, and its output means nothing.
   """
   new = (q_BTNH, k_BTKH, v_BTKH)
-  if "pallas_tpu" in decode.candidates(implementation_for(config)) and q_BTNH.shape[1] == 1:
-    try:
-      return paged_decode(*new, kv_cache, layer, positions_BT)
-    except NotImplementedError as e:
-      say(f"decode_attention: xla; {e}")
+  for name in decode.candidates(implementation_for(config)):
+    if name.startswith("pallas"):
+      try:
+        return paged_decode(name, *new, kv_cache, layer, positions_BT)
+      except NotImplementedError as e:
+        say(f"decode_attention: xla; {e}")
   kv_cache = kv.append(kv_cache, layer, k_BTKH, v_BTKH, positions_BT)
   return cache_attention(q_BTNH, kv_cache, layer, positions_BT), kv_cache
 
@@ -107,14 +108,14 @@ def cache_attention(q_BTNH, kv_cache: kv.KVCache, layer, positions_BT):
   return jax.lax.map(one, (q_BTNH, kv_cache.table_BP, positions_BT))
 
 
-def paged_decode(q_B1NH, k_B1KH, v_B1KH, kv_cache: kv.KVCache, layer, positions_B1):
+def paged_decode(name: str, q_BTNH, k_BTKH, v_BTKH, kv_cache: kv.KVCache, layer, positions_BT):
   """append_and_attend in a kernel, which refuses with NotImplementedError what it cannot do."""
   if kv_cache.table_BP is None:
-    raise NotImplementedError("pallas_tpu: the cache has no table")
-  tokens = decode.Tokens(*kv.stored(kv_cache, k_B1KH, v_B1KH))
+    raise NotImplementedError(f"{name}: the cache has no table")
+  tokens = decode.Tokens(*kv.stored(kv_cache, k_BTKH, v_BTKH))
   pages = decode.Cache(**{f.name: getattr(kv_cache, f.name) for f in dataclasses.fields(kv_cache)})
-  arguments = (q_B1NH, tokens, pages, jnp.asarray(layer, jnp.int32), positions_B1)
-  run = functools.partial(decode.decode_attention, implementation="pallas_tpu")
+  arguments = (q_BTNH, tokens, pages, jnp.asarray(layer, jnp.int32), positions_BT)
+  run = functools.partial(decode.decode_attention, implementation=name)
   if sharding.several_devices():
     heads = P(None, None, "tensor")
     split = lambda tree: jax.tree.map(lambda _: heads, tree)  # noqa: E731
@@ -126,5 +127,5 @@ def paged_decode(q_B1NH, k_B1KH, v_B1KH, kv_cache: kv.KVCache, layer, positions_
       out_specs=(heads, layout),
       check_vma=False,
     )
-  o_B1NH, pages = run(*arguments)
-  return o_B1NH, kv.KVCache(**{f.name: getattr(pages, f.name) for f in dataclasses.fields(pages)})
+  o_BTNH, pages = run(*arguments)
+  return o_BTNH, kv.KVCache(**{f.name: getattr(pages, f.name) for f in dataclasses.fields(pages)})

@@ -3,9 +3,9 @@
   o_BTNH, cache = decode_attention(q_BTNH, new, cache, layer, positions_BT)
 
 The cache of all layers is passed whole and its layer named, so that a loop over layers never slices
-it. The query heads of a key head share its loads. `reference`, `xla` and `pallas_tpu` compute the
-same; "auto" takes the first that the device and the case allow, and one that cannot serve a case
-refuses it with NotImplementedError.
+it. The query heads of a key head share its loads. `reference`, `xla`, `pallas_tpu` and `pallas_gpu`
+compute the same; "auto" takes the first that the device and the case allow, and one that cannot
+serve a case refuses it with NotImplementedError.
 """
 
 import dataclasses
@@ -14,12 +14,13 @@ from typing import Any
 import jax
 
 from qed_kernels.choice import first_that_serves, known, on_tpu
-from qed_kernels.decode_attention import pallas_tpu, reference, xla
+from qed_kernels.decode_attention import pallas_gpu, pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
   "reference": reference.decode_attention,
   "xla": xla.decode_attention,
   "pallas_tpu": pallas_tpu.decode_attention,
+  "pallas_gpu": pallas_gpu.decode_attention,
 }
 
 
@@ -71,7 +72,10 @@ def decode_attention(
 
 
 def candidates(implementation: str) -> tuple[str, ...]:
-  """Names to try, the best first. Raises ValueError, one line, for one that does not exist."""
+  """Names to try, the best first. Raises ValueError, one line, for one that does not exist.
+
+  "auto" leaves a GPU to XLA until tools/gpu_check.py has measured `pallas_gpu` on one.
+  """
   if implementation == "auto":
     return ("pallas_tpu", "xla") if on_tpu() else ("xla",)
   return known(implementation, IMPLEMENTATIONS)

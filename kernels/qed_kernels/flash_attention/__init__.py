@@ -4,8 +4,9 @@
   o_BTNH, lse_BTN = flash_attention(q_BTNH, k_BTKH, v_BTKH, rows)        in every layer
 
 Query heads share key heads in groups, N = K * G, without K and V being repeated. Several
-implementations compute the same: `reference`, `xla`, `pallas_tpu`. "auto" takes the first that the
-device and the case allow; what it cannot serve, an implementation refuses with NotImplementedError.
+implementations compute the same: `reference`, `xla`, `pallas_tpu`, `pallas_gpu`. "auto" takes the
+first that the device and the case allow; what it cannot serve, an implementation refuses with
+NotImplementedError.
 """
 
 import dataclasses
@@ -15,13 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from qed_kernels.choice import first_that_serves, known, on_tpu
-from qed_kernels.flash_attention import pallas_tpu, reference, xla
+from qed_kernels.flash_attention import pallas_gpu, pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
   "reference": reference.flash_attention,
   "xla": xla.flash_attention,
   "pallas_tpu": pallas_tpu.flash_attention,
+  "pallas_gpu": pallas_gpu.flash_attention,
 }
+PLANS = {"pallas_tpu": pallas_tpu.plan, "pallas_gpu": pallas_gpu.plan}
 
 
 @jax.tree_util.register_dataclass
@@ -30,11 +33,11 @@ class PackedRows:
   """What every layer needs to know of a batch of packed rows.
 
   start_BT: int32, the first token of each token's segment: token t sees s when start[t] <= s <= t.
-  plan: what the TPU kernels visit, or None where they will not run.
+  plan: what the kernels visit, or None where plain XLA will run.
   """
 
   start_BT: Any
-  plan: pallas_tpu.Plan | None
+  plan: pallas_tpu.Plan | pallas_gpu.Plan | None
 
 
 def pack(
@@ -44,9 +47,10 @@ def pack(
   changed_BT = segments_BT != jnp.pad(segments_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
   index_BT = jax.lax.broadcasted_iota(jnp.int32, segments_BT.shape, 1)
   start_BT = jax.lax.cummax(jnp.where(changed_BT, index_BT, 0), axis=1)
-  planned = "pallas_tpu" in candidates(implementation) and query_heads % key_heads == 0
-  group = query_heads // key_heads
-  return PackedRows(start_BT, pallas_tpu.plan(start_BT, group, head_dim) if planned else None)
+  plan = next((PLANS[name] for name in candidates(implementation) if name in PLANS), None)
+  if plan is None or query_heads % key_heads:
+    return PackedRows(start_BT, None)
+  return PackedRows(start_BT, plan(start_BT, query_heads // key_heads, head_dim))
 
 
 def flash_attention(
@@ -71,7 +75,10 @@ def flash_attention(
 
 
 def candidates(implementation: str) -> tuple[str, ...]:
-  """Names to try, the best first. Raises ValueError, one line, for one that does not exist."""
+  """Names to try, the best first. Raises ValueError, one line, for one that does not exist.
+
+  "auto" leaves a GPU to XLA until tools/gpu_check.py has measured `pallas_gpu` on one.
+  """
   if implementation == "auto":
     return ("pallas_tpu", "xla") if on_tpu() else ("xla",)
   return known(implementation, IMPLEMENTATIONS)
