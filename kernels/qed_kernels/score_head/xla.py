@@ -3,6 +3,9 @@
 The gradient is written out instead of being derived: the forward pass keeps two numbers a token,
 and the backward pass makes a chunk's logits once more and needs no sum over them. The head's
 gradient is added up over chunks in the wide type and rounded once.
+
+M stands for the tokens of a chunk. On a mesh it is two dimensions, rows and tokens of a row, since
+each has its own layout; on one device it is one, as products over two are slow on a CPU.
 """
 
 import functools
@@ -18,80 +21,74 @@ def score_head(x_BTD, w_VD, target_BT, temperature, chunk: int, pin):
   B, T = target_BT.shape
   chunk = min(chunk, T)
   pad = -T % chunk
-  # On one device a chunk is one row of B * chunk tokens: XLA on a CPU is slow in products over two
-  # dimensions. On several the two stay apart, since each has its own layout.
-  rows = 1 if pin is None else B
+  size = (B * chunk,) if pin is None else (B, chunk)
 
   def split(x_BTx):
     x_BTx = jnp.pad(x_BTx, ((0, 0), (0, pad)) + ((0, 0),) * (x_BTx.ndim - 2))
     x_nBCx = jnp.moveaxis(x_BTx.reshape(B, -1, chunk, *x_BTx.shape[2:]), 1, 0)
-    return x_nBCx.reshape(-1, rows, B * chunk // rows, *x_BTx.shape[2:])
+    return x_nBCx.reshape(-1, *size, *x_BTx.shape[2:])
 
-  def join(x_nBC):
-    x_nBC = x_nBC.reshape(-1, B, chunk)
-    return jnp.moveaxis(x_nBC, 0, 1).reshape(B, T + pad)[:, :T]
+  def join(x_nM):
+    return jnp.moveaxis(x_nM.reshape(-1, B, chunk), 0, 1).reshape(B, T + pad)[:, :T]
 
   temperature = jnp.asarray(temperature, wide(x_BTD.dtype))
-  out = over_chunks(pin, temperature, split(x_BTD), w_VD, split(target_BT))
-  return join(out[0]), join(out[1])
+  logp_nM, entropy_nM = over_chunks(pin, temperature, split(x_BTD), w_VD, split(target_BT))
+  return join(logp_nM), join(entropy_nM)
 
 
-def logits(pin, temperature, x_BCD, w_VD):
-  z_BCV = product("BCD,VD->BCV", x_BCD, w_VD)
-  return (z_BCV if pin is None else pin(z_BCV, "BCV")) / temperature
+def logits(pin, temperature, x_MD, w_VD):
+  if pin is None:
+    return product("MD,VD->MV", x_MD, w_VD) / temperature
+  return pin(product("BCD,VD->BCV", x_MD, w_VD), "BCV") / temperature
 
 
-def is_target(z_BCV, target_BC):
-  return jax.lax.broadcasted_iota(jnp.int32, z_BCV.shape, 2) == target_BC[..., None]
+def is_target(z_MV, target_M):
+  return jax.lax.broadcasted_iota(jnp.int32, z_MV.shape, z_MV.ndim - 1) == target_M[..., None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def over_chunks(pin, temperature, x_nBCD, w_VD, target_nBC):
-  """-> logp_nBC, entropy_nBC."""
-  return forward(pin, temperature, x_nBCD, w_VD, target_nBC)[0]
+def over_chunks(pin, temperature, x_nMD, w_VD, target_nM):
+  """-> logp_nM, entropy_nM."""
+  return forward(pin, temperature, x_nMD, w_VD, target_nM)[0]
 
 
-def forward(pin, temperature, x_nBCD, w_VD, target_nBC):
-  w_low_VD = w_VD.astype(x_nBCD.dtype)
+def forward(pin, temperature, x_nMD, w_VD, target_nM):
+  w_low_VD = w_VD.astype(x_nMD.dtype)
 
   def of_chunk(chunk):
-    x_BCD, target_BC = chunk
-    z_BCV = logits(pin, temperature, x_BCD, w_low_VD)
-    largest_BC = jnp.max(z_BCV, axis=-1)
-    # Below the largest, not as they are: with large logits the entropy would be the small
-    # difference of two large numbers.
-    below_BCV = z_BCV - largest_BC[..., None]
-    e_BCV = jnp.exp(below_BCV)
-    sum_BC = jnp.sum(e_BCV, axis=-1)
-    mean_BC = jnp.sum(e_BCV * below_BCV, axis=-1) / sum_BC
-    own_BC = jnp.sum(jnp.where(is_target(z_BCV, target_BC), below_BCV, 0), axis=-1)
-    log_BC = jnp.log(sum_BC)
-    return own_BC - log_BC, log_BC - mean_BC, largest_BC + log_BC
+    x_MD, target_M = chunk
+    z_MV = logits(pin, temperature, x_MD, w_low_VD)
+    lse_M = jax.nn.logsumexp(z_MV, axis=-1)
+    logp_M = jnp.sum(jnp.where(is_target(z_MV, target_M), z_MV, 0), axis=-1) - lse_M
+    # Not lse - sum(p z): with large logits that is the small difference of two large numbers.
+    logp_MV = z_MV - lse_M[..., None]
+    return logp_M, -jnp.sum(jnp.exp(logp_MV) * logp_MV, axis=-1), lse_M
 
-  logp_nBC, entropy_nBC, lse_nBC = jax.lax.map(of_chunk, (x_nBCD, target_nBC))
-  return (logp_nBC, entropy_nBC), (temperature, x_nBCD, w_VD, target_nBC, entropy_nBC, lse_nBC)
+  logp_nM, entropy_nM, lse_nM = jax.lax.map(of_chunk, (x_nMD, target_nM))
+  return (logp_nM, entropy_nM), (temperature, x_nMD, w_VD, target_nM, entropy_nM, lse_nM)
 
 
 def backward(pin, kept, cotangents):
   """d logp / d z = [target] - p, and d entropy / d z = -p (log p + entropy)."""
-  temperature, x_nBCD, w_VD, target_nBC, entropy_nBC, lse_nBC = kept
-  w_low_VD = w_VD.astype(x_nBCD.dtype)
+  temperature, x_nMD, w_VD, target_nM, entropy_nM, lse_nM = kept
+  w_low_VD = w_VD.astype(x_nMD.dtype)
+  M = "M" if pin is None else "BC"
 
   def of_chunk(dw_VD, chunk):
-    x_BCD, target_BC, entropy_BC, lse_BC, dlogp_BC, dentropy_BC = chunk
-    z_BCV = logits(pin, temperature, x_BCD, w_low_VD)
-    logp_BCV = z_BCV - lse_BC[..., None]
-    weight_BC = dlogp_BC + dentropy_BC * entropy_BC
-    dz_BCV = -jnp.exp(logp_BCV) * (weight_BC[..., None] + dentropy_BC[..., None] * logp_BCV)
-    dz_BCV += jnp.where(is_target(z_BCV, target_BC), dlogp_BC[..., None], 0)
-    dz_BCV = (dz_BCV / temperature).astype(x_BCD.dtype)
-    dx_BCD = product("BCV,VD->BCD", dz_BCV, w_low_VD).astype(x_BCD.dtype)
-    return dw_VD + product("BCV,BCD->VD", dz_BCV, x_BCD), dx_BCD
+    x_MD, target_M, entropy_M, lse_M, dlogp_M, dentropy_M = chunk
+    z_MV = logits(pin, temperature, x_MD, w_low_VD)
+    logp_MV = z_MV - lse_M[..., None]
+    weight_M = dlogp_M + dentropy_M * entropy_M
+    dz_MV = -jnp.exp(logp_MV) * (weight_M[..., None] + dentropy_M[..., None] * logp_MV)
+    dz_MV += jnp.where(is_target(z_MV, target_M), dlogp_M[..., None], 0)
+    dz_MV = (dz_MV / temperature).astype(x_MD.dtype)
+    dx_MD = product(f"{M}V,VD->{M}D", dz_MV, w_low_VD).astype(x_MD.dtype)
+    return dw_VD + product(f"{M}V,{M}D->VD", dz_MV, x_MD), dx_MD
 
-  zeros_VD = jnp.zeros(w_VD.shape, wide(x_nBCD.dtype))
-  chunks = (x_nBCD, target_nBC, entropy_nBC, lse_nBC, *cotangents)
-  dw_VD, dx_nBCD = jax.lax.scan(of_chunk, zeros_VD, chunks)
-  return None, dx_nBCD, dw_VD.astype(w_VD.dtype), None
+  zeros_VD = jnp.zeros(w_VD.shape, wide(x_nMD.dtype))
+  chunks = (x_nMD, target_nM, entropy_nM, lse_nM, *cotangents)
+  dw_VD, dx_nMD = jax.lax.scan(of_chunk, zeros_VD, chunks)
+  return None, dx_nMD, dw_VD.astype(w_VD.dtype), None
 
 
 over_chunks.defvjp(forward, backward)
