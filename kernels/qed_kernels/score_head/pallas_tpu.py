@@ -52,8 +52,9 @@ def blocks(M: int, V: int, D: int, itemsize: int) -> Blocks:
   # Each group reads the head once and, backward, reads and writes its gradient in float32. Behind
   # the products of 1,024 tokens that is hidden, but not behind the faster ones of a v6e.
   most, vmem = (2048, 112 << 20) if kind.startswith("TPU v6") else (1024, 60 << 20)
-  most = most * 2560 * 2 // (D * itemsize)
-  group = tokens * max(1, min(most // tokens, -(-M // tokens)))
+  most = max(1, most * 2560 * 2 // (D * itemsize) // tokens)  # tiles
+  tiles = -(-M // tokens)
+  group = tokens * -(-tiles // -(-tiles // most))
   vocabulary = min(256, -(-V // LANES) * LANES)
   # The two cores of a v5p take a half each.
   halves = 2 if kind == "TPU v5" and V > vocabulary else 1
