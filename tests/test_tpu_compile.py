@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from qed_kernels import flash_attention as fa
 from qed_kernels.flash_attention.shapes import REAL
 
-from qed_jax.model import kv_cache, presets, qwen3
+from qed_jax.model import head, kv_cache, presets, qwen3
 from qed_jax.rollout import sampler, sampling
 from qed_jax.sharding import AXES
 
@@ -40,6 +40,7 @@ os.environ.setdefault("TPU_LOG_DIR", "disabled")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 ONE_CHIP = {"v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1"}
+KERNELS = ("flash_forward", "flash_backward", "paged_decode", "score_forward", "score_backward")
 HBM = {"v5e": 16 << 30, "v5p": 95 << 30, "v6e": 32 << 30}
 
 
@@ -68,9 +69,7 @@ def abstract(on: Mesh, shape, dtype, *axes) -> jax.ShapeDtypeStruct:
 def kernels_of(program) -> set[str]:
   """Names of the Pallas kernels in a compiled program."""
   calls = re.findall(r"%(\S+) = [^\n]*custom_call_target=\"tpu_custom_call\"", program.as_text())
-  return {
-    name for name in ("flash_forward", "flash_backward", "paged_decode") if name in str(calls)
-  }
+  return {name for name in KERNELS if name in str(calls)}
 
 
 CASES = [
@@ -108,6 +107,34 @@ def test_flash_attention_compiles_for_real_shapes(chip, name):
   assert kernels_of(program) == {"flash_forward", "flash_backward"}
   memory = program.memory_analysis()
   assert memory.temp_size_in_bytes + memory.argument_size_in_bytes < HBM[chip] / 2
+
+
+@pytest.mark.parametrize(
+  ("chip", "fsdp", "mebibytes"),
+  [("v5e:1x1", 1, 1000), ("v5p:2x2x1", 1, 1000), ("v6e:1x1", 1, 1000), ("v5e:2x4", 8, 3000)],
+)
+def test_the_4b_head_keeps_its_logits_in_vmem(chip, fsdp, mebibytes):
+  """Scores of 32k tokens a chip, forward and backward: what is set aside is the head in bfloat16,
+  on a mesh also its gradient before it is split; the logits alone would be 19,000 MiB."""
+  on = Mesh(np.array(devices(chip)[:fsdp]).reshape(1, fsdp, 1), AXES)
+  T, D, V = 32768, 2560, 151936
+
+  def both(x_BTD, w_VD, target_BT, *cotangents):
+    scores = lambda x, w: head.score_tokens(x, w, target_BT, 0.8, 1024)  # noqa: E731
+    out, pull = jax.vjp(scores, x_BTD, w_VD)
+    return out, pull(cotangents)
+
+  rows = lambda *size, dtype=jnp.float32: abstract(on, (fsdp, *size), dtype, "fsdp")  # noqa: E731
+  arguments = (
+    rows(T, D, dtype=jnp.bfloat16),
+    abstract(on, (V, D), jnp.float32, None, "fsdp"),
+    rows(T, dtype=jnp.int32),
+    rows(T),
+    rows(T),
+  )
+  program = compiled(on, both, *arguments)
+  assert kernels_of(program) == {"score_forward", "score_backward"}
+  assert program.memory_analysis().temp_size_in_bytes < mebibytes << 20
 
 
 @pytest.mark.parametrize(

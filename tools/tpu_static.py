@@ -4,7 +4,8 @@ libtpu writes the final bundles of every program it compiles; a TensorCore issue
 the parts of a kernel's loop the two largest are its bodies: that of a tile seen whole, and that of
 one with a mask. A step takes at least as many cycles as it has bundles, and as its products keep
 the matrix units busy. On real chips kernels took 1.03 to 1.20 times as long as counted so (recorded
-times of other kernels; measure / static, shared with this project's notes on kernels).
+times of other kernels; measure / static, shared with this project's notes on kernels). The scoring
+head is also counted as plain XLA, in the cycles that XLA estimates for its loops.
 
   make aot && .venv/bin/python tools/tpu_static.py
   .venv/bin/python tools/tpu_static.py --chips v6e --kernels paged_decode
@@ -41,27 +42,33 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from qed_kernels import decode_attention as da  # noqa: E402
 from qed_kernels import flash_attention as fa  # noqa: E402
+from qed_kernels import score_head as sh  # noqa: E402
 from qed_kernels.flash_attention import pallas_tpu  # noqa: E402
+from qed_kernels.score_head import pallas_tpu as score_tpu  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One core: topology, clock in Hz, matrix units and their width, HBM in bytes a second."""
+  """One core: topology, clock in Hz, matrix units and their width, HBM in bytes a second; and how
+  many of them a chip has."""
 
   topology: str
   clock: float
   units: int
   width: int
   hbm: float
+  cores: int
 
 
 CHIPS = {
-  "v5e": Chip("v5e:1x1", 1.503e9, 4, 128, 819e9),
-  "v5p": Chip("v5p:2x2x1", 1.751e9, 4, 128, 2765e9 / 2),
-  "v6e": Chip("v6e:1x1", 1.751e9, 4, 256, 1640e9),
+  "v5e": Chip("v5e:1x1", 1.503e9, 4, 128, 819e9, 1),
+  "v5p": Chip("v5p:2x2x1", 1.751e9, 4, 128, 2765e9 / 2, 2),
+  "v6e": Chip("v6e:1x1", 1.751e9, 4, 256, 1640e9, 1),
 }
 N, K, H, T = 32, 8, 128, 4096
 PAGE = 256
+WIDTH, VOCABULARY = 2560, 151936
+KERNELS = ("flash_forward", "flash_backward", "paged_decode", "score_forward", "score_backward")
 # An instruction: address, a letter pair where a block starts, a > for each loop around it, slots.
 BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(LB|LH|LE|PB|PF|CT)?\s*:\s*((?:>\s*)*)\{(.*)$")
 
@@ -91,20 +98,25 @@ def regions(text: str) -> list[Region]:
   return found
 
 
-def compile_for(chip: Chip, program, *arguments) -> dict[str, list[Region]]:
-  """Compiles for one core -> the regions of each Pallas kernel in it."""
+def executable(chip: Chip, program, *arguments):
+  """The program, compiled for one chip."""
   how = {"chips_per_host_bounds": (1, 1, 1)} if chip.topology.endswith(":1x1") else {}
   described = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology, **how)
   mesh = Mesh(np.array(described.devices[:1]), ("x",))
   place = lambda x: jax.ShapeDtypeStruct(  # noqa: E731
     x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())
   )
-  before = set(DUMP.glob("*-final_bundles.txt"))
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    jax.jit(program).lower(*jax.tree.map(place, arguments)).compile()
+    return jax.jit(program).lower(*jax.tree.map(place, arguments)).compile()
+
+
+def compile_for(chip: Chip, program, *arguments) -> dict[str, list[Region]]:
+  """Compiles for one chip -> the regions of each Pallas kernel in it."""
+  before = set(DUMP.glob("*-final_bundles.txt"))
+  executable(chip, program, *arguments)
   kernels: dict[str, list[Region]] = {}
   for path in set(DUMP.glob("*-final_bundles.txt")) - before:
-    for name in ("flash_forward", "flash_backward", "paged_decode"):
+    for name in KERNELS:
       if name in path.name and "schedule-analysis" not in path.name and "-TLP-" not in path.name:
         kernels[name] = regions(path.read_text(errors="replace"))
   return kernels
@@ -153,6 +165,53 @@ def decode(chip: Chip) -> dict[str, dict]:
   return {"paged_decode": row}
 
 
+def scores(implementation: str, chunk: int, backward: bool):
+  """The scoring head as a program, and its arguments: 32k tokens of Qwen3-4B, float32 weights."""
+
+  def forward(x, w, target_BT):
+    return sh.score_head(x, w, target_BT, 0.8, chunk=chunk, implementation=implementation)
+
+  def both(x, w, target_BT, *cotangents):
+    out, pull = jax.vjp(lambda x, w: forward(x, w, target_BT), x, w)
+    return out, pull(cotangents)
+
+  size, float32 = (1, 8 * T), jnp.float32
+  arguments = (of(*size, WIDTH), of(VOCABULARY, WIDTH, dtype=float32), of(*size, dtype=jnp.int32))
+  return (both, *arguments, *[of(*size, dtype=float32)] * 2) if backward else (forward, *arguments)
+
+
+def score_head(chip: Chip) -> dict[str, dict]:
+  """A tile of both kernels; masked is the vocabulary's last block."""
+  chosen, blocks = [], score_tpu.blocks
+  score_tpu.blocks = lambda *sizes: chosen.append(blocks(*sizes)) or chosen[-1]
+  try:
+    kernels = compile_for(chip, *scores("pallas_tpu", 0, backward=True))
+  finally:
+    score_tpu.blocks = blocks
+  rows = {}
+  for name, products in (("score_forward", 1), ("score_backward", 3)):
+    flops = 2 * products * chosen[0].tokens * chosen[0].vocabulary * WIDTH
+    bound = flops / (2 * chip.units * chip.width**2)
+    rows[name] = summary(chip, kernels[name], flops, bound)
+  return rows
+
+
+def score_xla(chip: Chip) -> dict[str, dict]:
+  """A chunk of 1,024 tokens in XLA's programs: the cycles that XLA estimates for the loops' bodies,
+  all cores of a chip at work."""
+  chunk, rows, before = 1024, {}, 0
+  for name, products in (("score_xla_forward", 1), ("score_xla_backward", 3)):
+    text = executable(chip, *scores("xla", chunk, backward=products > 1)).as_text()
+    loops = text[: text.index("\nENTRY ")]
+    cycles = sum(int(n) for n in re.findall(r'estimated_cycles":"(\d+)"', loops)) - before
+    flops = 2 * products * chunk * VOCABULARY * WIDTH / chip.cores
+    bound = flops / (2 * chip.units * chip.width**2)
+    tflops = round(flops / cycles * chip.clock / 1e12, 1)
+    rows[name] = {"whole": cycles, "bound_cycles": round(bound), "tflops": tflops}
+    before += cycles
+  return rows
+
+
 def summary(chip: Chip, found: list[Region], flops: float, bound: float) -> dict:
   """The two bodies of the loop, and cycles that the hardware needs whatever the code is."""
   bodies = sorted((r for r in found if r.products), key=lambda r: -r.bundles)[:2]
@@ -168,29 +227,35 @@ def summary(chip: Chip, found: list[Region], flops: float, bound: float) -> dict
   return row
 
 
+PROGRAMS = {
+  "flash": flash,
+  "paged_decode": decode,
+  "score_head": score_head,
+  "score_xla": score_xla,
+}
+
+
 def main() -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
-  parser.add_argument("--kernels", nargs="+", choices=("flash", "paged_decode"), default=None)
+  parser.add_argument("--kernels", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
   args = parser.parse_args()
-  wanted = args.kernels or ["flash", "paged_decode"]
   result = {}
   head = ("chip", "kernel", "whole", "masked", "bound", "spills", "TF/s")
-  print("{:<6}{:<16}{:>8}{:>8}{:>8}{:>8}{:>8}".format(*head))
+  print("{:<6}{:<20}{:>10}{:>8}{:>10}{:>8}{:>8}".format(*head))
+  number = lambda row, key: f"{row[key]:,}" if key in row else "-"  # noqa: E731
   for name in args.chips:
-    chip = CHIPS[name]
-    rows = (flash(chip) if "flash" in wanted else {}) | (
-      decode(chip) if "paged_decode" in wanted else {}
-    )
-    for kernel, row in rows.items():
-      print(
-        f"{name:<6}{kernel:<16}{row['whole']:>8,}{row['masked']:>8,}{row['bound_cycles']:>8,}"
-        f"{row['spills']:>8,}{row.get('tflops', '-'):>8}",
-        flush=True,
-      )
-    result[name] = rows
+    result[name] = {}
+    for program in args.kernels:
+      for kernel, row in PROGRAMS[program](CHIPS[name]).items():
+        result[name][kernel] = row
+        print(
+          f"{name:<6}{kernel:<20}{number(row, 'whole'):>10}{number(row, 'masked'):>8}"
+          f"{number(row, 'bound_cycles'):>10}{number(row, 'spills'):>8}{number(row, 'tflops'):>8}",
+          flush=True,
+        )
   print(json.dumps({"cycles": result, "jax": jax.__version__}))
   return 0
 

@@ -26,7 +26,7 @@ def known(name: str, implementations: dict) -> tuple[str]:
   """The name alone. Raises ValueError, one line, when there is none of it."""
   if name not in implementations:
     names = ", ".join(("auto", *implementations))
-    raise ValueError(f"there is no attention implementation {name!r}: choose {names}")
+    raise ValueError(f"there is no implementation {name!r}: choose {names}")
   return (name,)
 
 

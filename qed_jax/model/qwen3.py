@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qed_jax.model.attention import append_and_attend, attention, pack
+from qed_jax.model.head import score_tokens
 from qed_jax.model.layers import at_least_float32, linear, rms_norm, rope, rope_angles
 from qed_jax.sharding import constrain
 
@@ -286,41 +287,18 @@ def score(config: Qwen3Config, params: dict, batch, temperature: float, chunk: i
   """Log-probability of every token of a Batch, and the entropy of its distribution.
 
   Both are float32 [B, T], of logits / temperature, aligned at the target: 0 at the first token of a
-  segment and on padding. The vocabulary is visited `chunk` tokens of a row at a time, forward and
-  backward, so that no [T, V] array exists.
+  segment and on padding. No [T, V] array exists, forward or backward: logits stay inside a kernel,
+  or are made for `chunk` tokens of a row at a time.
   """
   model = bind(config, params)
   x_BTD = hidden(config, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
   x_BTD = constrain(x_BTD, "B_D")
-  B, T, D = x_BTD.shape
   target_BT = jnp.roll(batch.tokens_BT, -1, axis=1)
-  chunk = min(chunk, T)
-  pad = -T % chunk
-
-  def split(x):
-    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
-
-  @jax.checkpoint
-  def score_chunk(inputs):
-    x_BCD, target_BC = inputs
-    z_BCV = constrain(model.logits(x_BCD), "BCV") / temperature
-    lse_BC = jax.nn.logsumexp(z_BCV, axis=-1)
-    hit_BCV = jax.lax.broadcasted_iota(jnp.int32, z_BCV.shape, 2) == target_BC[..., None]
-    logp_BC = jnp.sum(jnp.where(hit_BCV, z_BCV, 0), axis=-1) - lse_BC
-    # Not lse - sum(p z): with large logits that is the small difference of two large numbers.
-    logp_BCV = z_BCV - lse_BC[..., None]
-    return logp_BC, -jnp.sum(jnp.exp(logp_BCV) * logp_BCV, axis=-1)
-
-  def join(x_nBC):
-    x_BT = jnp.moveaxis(x_nBC, 0, 1).reshape(B, T + pad)[:, :T]
-    x_BT = jnp.pad(x_BT, ((0, 0), (1, 0)))[:, :-1]
-    previous_BT = jnp.pad(batch.segments_BT, ((0, 0), (1, 0)))[:, :-1]
-    scored_BT = (batch.segments_BT == previous_BT) & (batch.segments_BT > 0)
-    return jnp.where(scored_BT, x_BT, 0)
-
-  logp, entropy = jax.lax.map(score_chunk, (split(x_BTD), split(target_BT)))
-  return join(logp), join(entropy)
+  scores = score_tokens(x_BTD, model.head(), target_BT, temperature, chunk)
+  behind = lambda x_BT: jnp.pad(x_BT, ((0, 0), (1, 0)))[:, :-1]  # noqa: E731
+  scored_BT = (batch.segments_BT == behind(batch.segments_BT)) & (batch.segments_BT > 0)
+  logp_BT, entropy_BT = (jnp.where(scored_BT, behind(x_BT), 0) for x_BT in scores)
+  return logp_BT, entropy_BT
 
 
 def extend(config: Qwen3Config, params: dict, tokens_BT, positions_BT, kv_cache):
