@@ -83,6 +83,30 @@ def test_values_and_gradients_are_those_of_the_reference(name, shape, dtype):
   assert_close(run(name, arrays, segments_BT), expected(arrays, segments_BT), LIMITS[dtype])
 
 
+@pytest.mark.parametrize(("T", "S"), [(40, 120), (77, 700), (300, 1500), (1100, 2100)])
+@pytest.mark.parametrize("name", FAST)
+def test_queries_of_the_last_tokens_alone(name, T, S, monkeypatch):
+  """A share of a row: values and gradients are those of the whole row with the other queries left
+  out, in several backward calls too."""
+  monkeypatch.setattr(pallas_tpu, "QUERY_GRADIENTS", 2 * 64 * 4 * 1024)
+  (q, k, v, do, dlse), segments_BT = draw(Shape(2, S, 4, 2, 64, 2))
+  others = jnp.arange(S)[None, :, None] < S - T
+  arrays = (q, k, v, jnp.where(others[..., None], 0, do), jnp.where(others, 0, dlse))
+  o, lse, dq, dk, dv = expected(arrays, segments_BT)
+
+  @jax.jit
+  def last(q, k, v, do, dlse):
+    start_BT = fa.segment_starts(segments_BT)[:, S - T :]
+    rows = fa.pack_starts(start_BT, S, 4, 2, 64, name)
+    attend = lambda *qkv: fa.flash_attention(*qkv, rows, implementation=name)  # noqa: E731
+    out, pull = jax.vjp(attend, q, k, v)
+    return *out, *pull((do, dlse))
+
+  found = last(*(x[:, S - T :] if x is not k and x is not v else x for x in (q, k, v, do, dlse)))
+  wanted = (*(x[:, S - T :] for x in (o, lse, dq)), dk, dv)
+  assert_close([np.asarray(x) for x in found], wanted, LIMITS["float32"])
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.data())
 @pytest.mark.parametrize("name", FAST)
@@ -104,7 +128,7 @@ def test_a_row_of_several_backward_calls(monkeypatch):
   """Where dQ of all queries does not fit, dK and dV are sums over calls."""
   monkeypatch.setattr(pallas_tpu, "QUERY_GRADIENTS", 2 * 64 * 4 * 1024)
   shape = Shape(1, 2100, 2, 1, 64, 2)
-  assert len(pallas_tpu.calls(pallas_tpu.blocks(shape.T), 2, 64)) == 3
+  assert len(pallas_tpu.calls(pallas_tpu.blocks(shape.T, shape.T), 2, 64)) == 3
   arrays, segments_BT = draw(shape)
   assert_close(
     run("pallas_tpu", arrays, segments_BT), expected(arrays, segments_BT), LIMITS["float32"]

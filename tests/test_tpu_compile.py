@@ -50,7 +50,7 @@ def devices(topology: str):
 
 
 def mesh(topology: str, tensor: int = 1) -> Mesh:
-  return Mesh(np.array(devices(topology)[:tensor]).reshape(1, 1, tensor), AXES)
+  return Mesh(np.array(devices(topology)[:tensor]).reshape(1, 1, 1, tensor), AXES)
 
 
 def compiled(on: Mesh, program, *arguments, donate=()):

@@ -15,7 +15,7 @@ from flax import nnx
 
 from qed_jax.model.attention import append_and_attend, attention, pack
 from qed_jax.model.layers import at_least_float32, linear, rms_norm, rope, rope_angles
-from qed_jax.sharding import constrain
+from qed_jax.sharding import constrain, token_shares
 
 DIMS = {
   "embed_tokens": "VD",
@@ -286,34 +286,38 @@ def score(config: Qwen3Config, params: dict, batch, temperature: float, chunk: i
   """Log-probability of every token of a Batch, and the entropy of its distribution.
 
   Both are float32 [B, T], of logits / temperature, aligned at the target: 0 at the first token of a
-  segment and on padding. The vocabulary is visited `chunk` tokens of a row at a time, forward and
-  backward, so that no [T, V] array exists.
+  segment and on padding. The vocabulary is visited `chunk` tokens of a row at a time, or of each
+  share of a row that is split over devices, forward and backward, so that no [T, V] array exists.
   """
   model = bind(config, params)
   x_BTD = hidden(config, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
-  x_BTD = constrain(x_BTD, "B_D")
-  B, T, D = x_BTD.shape
+  B, T, _ = x_BTD.shape
+  shares = token_shares(T)
   target_BT = jnp.roll(batch.tokens_BT, -1, axis=1)
-  chunk = min(chunk, T)
-  pad = -T % chunk
+  chunk = min(chunk, T // shares)
+  pad = -(T // shares) % chunk
 
+  # In here a row is [T, C]: its shares, and tokens of a share.
   def split(x):
-    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
+    x = x.reshape(B, shares, T // shares, *x.shape[2:])
+    x = constrain(x, "BT_D"[: x.ndim])
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 3))
+    return jnp.moveaxis(x.reshape(B, shares, -1, chunk, *x.shape[3:]), 2, 0)
 
   @jax.checkpoint
   def score_chunk(inputs):
-    x_BCD, target_BC = inputs
-    z_BCV = constrain(model.logits(x_BCD), "BCV") / temperature
-    lse_BC = jax.nn.logsumexp(z_BCV, axis=-1)
-    hit_BCV = jax.lax.broadcasted_iota(jnp.int32, z_BCV.shape, 2) == target_BC[..., None]
-    logp_BC = jnp.sum(jnp.where(hit_BCV, z_BCV, 0), axis=-1) - lse_BC
+    x_BTCD, target_BTC = inputs
+    z_BTCV = constrain(model.logits(x_BTCD), "BTCV") / temperature
+    lse_BTC = jax.nn.logsumexp(z_BTCV, axis=-1)
+    hit_BTCV = jax.lax.broadcasted_iota(jnp.int32, z_BTCV.shape, 3) == target_BTC[..., None]
+    logp_BTC = jnp.sum(jnp.where(hit_BTCV, z_BTCV, 0), axis=-1) - lse_BTC
     # Not lse - sum(p z): with large logits that is the small difference of two large numbers.
-    logp_BCV = z_BCV - lse_BC[..., None]
-    return logp_BC, -jnp.sum(jnp.exp(logp_BCV) * logp_BCV, axis=-1)
+    logp_BTCV = z_BTCV - lse_BTC[..., None]
+    return logp_BTC, -jnp.sum(jnp.exp(logp_BTCV) * logp_BTCV, axis=-1)
 
-  def join(x_nBC):
-    x_BT = jnp.moveaxis(x_nBC, 0, 1).reshape(B, T + pad)[:, :T]
+  def join(x_nBTC):
+    x_BTC = jnp.moveaxis(x_nBTC, 0, 2).reshape(B, shares, -1)[:, :, : T // shares]
+    x_BT = x_BTC.reshape(B, T)
     x_BT = jnp.pad(x_BT, ((0, 0), (1, 0)))[:, :-1]
     previous_BT = jnp.pad(batch.segments_BT, ((0, 0), (1, 0)))[:, :-1]
     scored_BT = (batch.segments_BT == previous_BT) & (batch.segments_BT > 0)
