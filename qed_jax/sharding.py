@@ -14,6 +14,7 @@ exactly between the blocks, where the residual stream is [B, T, D] (sequence par
 are split over `fsdp` and `sequence` alike.
 """
 
+import functools
 import math
 import os
 
@@ -118,10 +119,29 @@ def several_devices() -> bool:
 
 def constrain(x, letters: str):
   """Pin an activation's layout by its letters; nothing to do outside a mesh."""
+  return _laid_out(ACTIVATIONS, x, letters)
+
+
+def _laid_out(rules: dict, x, letters: str):
   if not several_devices():
     return x
   mesh = jax.sharding.get_abstract_mesh()
-  return jax.lax.with_sharding_constraint(x, spec(ACTIVATIONS, letters, x.shape, mesh))
+  return jax.lax.with_sharding_constraint(x, spec(rules, letters, x.shape, mesh))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(w, letters: str):
+  """A weight with its D whole, as it is used; its gradient is summed and split again.
+
+  XLA left to itself gathers the activations instead, whose T is split over the same axes.
+  """
+  return _laid_out({k: axes for k, axes in WEIGHTS.items() if k != "D"}, w, letters)
+
+
+gathered.defvjp(
+  lambda w, letters: (gathered(w, letters), None),
+  lambda letters, _, dw: (_laid_out(WEIGHTS, gathered(dw, letters), letters),),
+)
 
 
 def token_shares(T: int) -> int:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from qed_jax.model.attention import append_and_attend, attention, pack
 from qed_jax.model.layers import at_least_float32, linear, rms_norm, rope, rope_angles
-from qed_jax.sharding import constrain, token_shares
+from qed_jax.sharding import constrain, gathered, several_devices, token_shares
 
 DIMS = {
   "embed_tokens": "VD",
@@ -125,6 +125,16 @@ def from_heads(o_BTNH, w_DNH):
   return linear(o_BTNH.reshape(B, T, N * H), w_DNH.reshape(-1, N * H))
 
 
+def gather(weights, dtype: str):
+  """The state of a Block with its projections as they are multiplied: cast, then gathered."""
+
+  def one(path, w):
+    letters = DIMS["layers." + ".".join(k.key for k in path if hasattr(k, "key"))][1:]
+    return gathered(w.astype(dtype), letters) if len(letters) > 1 else w
+
+  return jax.tree_util.tree_map_with_path(one, weights)
+
+
 class Attention(nnx.Module):
   """Grouped-query attention with RMSNorm on each query and key head before RoPE."""
 
@@ -202,7 +212,7 @@ class Qwen3(nnx.Module):
     Returns x_BTD, carry, kept_L.
     """
     config = self.config
-    x_BTD = self.embed_tokens[...].astype(config.dtype)[tokens_BT]
+    x_BTD = gathered(self.embed_tokens[...].astype(config.dtype), "VD")[tokens_BT]
     x_BTD = constrain(x_BTD, "BTD")
     wide = at_least_float32(config.dtype)
     angles = rope_angles(positions_BT, config.head_dim, config.rope_theta, wide)
@@ -216,6 +226,7 @@ class Qwen3(nnx.Module):
         o_BTNH, new_carry, kept = attend(q_BTNH, k_BTKH, v_BTKH, carry, index)
         return o_BTNH, (new_carry, kept)
 
+      weights = gather(weights, config.dtype) if several_devices() else weights
       x_BTD, (carry, kept) = nnx.merge(graph, weights)(x_BTD, angles, attend_here)
       return (x_BTD, carry, index + 1), kept
 
