@@ -27,8 +27,8 @@ def pack(config, segments_BT):
   """What all layers need to know of packed rows, int segments [B, T]: made once a batch.
 
   config: Qwen3Config; its `attention` names an implementation of qed_kernels, or is "auto". Returns
-  PackedRows; with queries split by tokens, those of each device's two pieces, one device after the
-  other in front.
+  PackedRows; where queries stay on their devices, two of them, for the pieces of each device, with
+  a dimension in front that counts devices.
   """
   start_BT = flash.segment_starts(segments_BT)
   B, T = start_BT.shape
