@@ -30,7 +30,8 @@ def base() -> ConfigDict:
     "attention": "auto",
     "score_chunk": 1024,
   })  # fmt: skip
-  c.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+  # Rows are split over data and fsdp, the tokens of a row over sequence, heads over tensor.
+  c.mesh = ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1})
   c.optimizer = ConfigDict({
     "lr": 1e-6,
     "schedule": "constant",  # after the warm-up: "constant" or "cosine" (to zero)

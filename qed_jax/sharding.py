@@ -9,9 +9,12 @@ One alphabet serves einsum subscripts, array name suffixes and sharding:
 
 An array of letters "BTNH" is laid out by looking each letter up in a table. A mesh axis is used
 once an array: heads, MLP and vocabulary claim `tensor` before T does, so T is sharded over it
-exactly between the blocks, where the residual stream is [B, T, D] (sequence parallelism).
+exactly between the blocks, where the residual stream is [B, T, D] (sequence parallelism). Over
+`sequence` T is sharded everywhere (context parallelism): a row may be too long for a chip. Weights
+are split over `fsdp` and `sequence` alike.
 """
 
+import functools
 import math
 import os
 
@@ -20,15 +23,21 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "tensor")
-WEIGHTS = {"D": ("fsdp",), "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "V": ("tensor",)}
+AXES = ("data", "fsdp", "sequence", "tensor")
+WEIGHTS = {
+  "D": ("fsdp", "sequence"),
+  "N": ("tensor",),
+  "K": ("tensor",),
+  "F": ("tensor",),
+  "V": ("tensor",),
+}
 ACTIVATIONS = {
   "B": ("data", "fsdp"),
   "N": ("tensor",),
   "K": ("tensor",),
   "F": ("tensor",),
   "V": ("tensor",),
-  "T": ("tensor",),
+  "T": ("sequence", "tensor"),
 }
 CLAIMS_LAST = "T"
 
@@ -50,21 +59,21 @@ def initialize_hosts() -> None:
     jax.distributed.initialize()
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices=None) -> Mesh:
-  """A mesh of data x fsdp x tensor devices; fsdp=-1 takes whatever the other two leave.
+def make_mesh(data: int, fsdp: int, tensor: int, devices=None, *, sequence: int = 1) -> Mesh:
+  """A mesh of data x fsdp x sequence x tensor devices; fsdp=-1 takes whatever the others leave.
 
   Raises ValueError when the product is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   if fsdp == -1:
-    fsdp = max(1, len(devices) // (data * tensor))
-  shape = (data, fsdp, tensor)
+    fsdp = max(1, len(devices) // (data * sequence * tensor))
+  shape = (data, fsdp, sequence, tensor)
   if math.prod(shape) != len(devices):
     raise ValueError(
-      f"mesh data={data} x fsdp={fsdp} x tensor={tensor} needs {math.prod(shape)} devices, "
-      f"this run has {len(devices)}: change config.mesh"
+      f"mesh data={data} x fsdp={fsdp} x sequence={sequence} x tensor={tensor} needs "
+      f"{math.prod(shape)} devices, this run has {len(devices)}: change config.mesh"
     )
-  return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+  return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def replica_meshes(mesh: Mesh) -> list[Mesh]:
@@ -76,18 +85,22 @@ def replica_meshes(mesh: Mesh) -> list[Mesh]:
 def side_by_side(mesh: Mesh) -> Mesh:
   """The same devices in the same order: `tensor` as it is, everything else replicas of it."""
   rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
-  return Mesh(rows[:, None, :], AXES, axis_types=(AxisType.Auto,) * 3)
+  return Mesh(rows[:, None, None, :], AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(rules: dict, letters: str, shape: tuple, mesh) -> P:
-  """Letters -> PartitionSpec. A dimension that its axes do not divide stays whole."""
+  """Letters -> PartitionSpec. A dimension is not split over axes that do not divide it, nor over
+  those of one device."""
   taken, axes = set(), [None] * len(letters)
   for i in sorted(range(len(letters)), key=lambda i: letters[i] in CLAIMS_LAST):
-    wanted = rules.get(letters[i], ())
-    size = math.prod(mesh.shape[a] for a in wanted)
-    if wanted and not taken & set(wanted) and shape[i] % size == 0:
-      axes[i] = wanted if len(wanted) > 1 else wanted[0]
-      taken |= set(wanted)
+    own, left = [], shape[i]
+    for axis in rules.get(letters[i], ()):
+      size = mesh.shape[axis]
+      if axis not in taken and size > 1 and left % size == 0:
+        own.append(axis)
+        left //= size
+    axes[i] = tuple(own) if len(own) > 1 else next(iter(own), None)
+    taken |= set(own)
   return P(*axes)
 
 
@@ -106,10 +119,37 @@ def several_devices() -> bool:
 
 def constrain(x, letters: str):
   """Pin an activation's layout by its letters; nothing to do outside a mesh."""
+  return _laid_out(ACTIVATIONS, x, letters)
+
+
+def _laid_out(rules: dict, x, letters: str):
   if not several_devices():
     return x
   mesh = jax.sharding.get_abstract_mesh()
-  return jax.lax.with_sharding_constraint(x, spec(ACTIVATIONS, letters, x.shape, mesh))
+  return jax.lax.with_sharding_constraint(x, spec(rules, letters, x.shape, mesh))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(w, letters: str):
+  """A weight with its D whole, as it is used; its gradient is summed and split again.
+
+  XLA left to itself gathers the activations instead, whose T is split over the same axes.
+  """
+  return _laid_out({k: axes for k, axes in WEIGHTS.items() if k != "D"}, w, letters)
+
+
+gathered.defvjp(
+  lambda w, letters: (gathered(w, letters), None),
+  lambda letters, _, dw: (_laid_out(WEIGHTS, gathered(dw, letters), letters),),
+)
+
+
+def token_shares(T: int) -> int:
+  """How many ways the T tokens of a row are split wherever something else has claimed `tensor`."""
+  if not several_devices():
+    return 1
+  shares = jax.sharding.get_abstract_mesh().shape["sequence"]
+  return shares if T % shares == 0 else 1
 
 
 def rows_divisor(mesh: Mesh) -> int:

@@ -17,13 +17,14 @@ from qed_jax.records import Batch
 from qed_jax.rollout import policy
 
 ONE = (1, 1, 1)
-MESHES = [(1, 8, 1), (1, 4, 2), (2, 2, 2)]
+MESHES = [(1, 8, 1), (1, 4, 2), (2, 2, 2), (1, 1, 2, 4), (1, 2, 1, 4)]  # the fourth is sequence
 B, T = 8, 32
 
 
 def mesh_of(shape):
-  count = int(np.prod(shape))
-  return sharding.make_mesh(*shape, devices=jax.devices()[:count])
+  data, fsdp, tensor, sequence = (*shape, 1)[:4]
+  devices = jax.devices()[: int(np.prod(shape))]
+  return sharding.make_mesh(data, fsdp, tensor, devices, sequence=sequence)
 
 
 def random_batch(vocab: int) -> Batch:
@@ -112,6 +113,26 @@ def test_the_sequence_is_sharded_between_the_blocks_and_heads_inside():
   assert spec("BCV", (8, 16, 64)) == P(("data", "fsdp"), None, "tensor")
 
 
+def test_tokens_are_split_over_sequence_everywhere_and_weights_too():
+  mesh = mesh_of((1, 2, 2, 2))
+  spec = functools.partial(sharding.spec, sharding.ACTIVATIONS, mesh=mesh)
+  assert spec("BTD", (8, 32, 64)) == P("fsdp", ("sequence", "tensor"), None)
+  assert spec("BTNH", (8, 32, 8, 16)) == P("fsdp", "sequence", "tensor", None)
+  assert spec("BTD", (8, 33, 64)) == P("fsdp", None, None)
+  assert sharding.spec(sharding.WEIGHTS, "FD", (96, 64), mesh) == P("tensor", ("fsdp", "sequence"))
+
+
+def test_engines_use_devices_of_a_row_as_replicas():
+  """Sampling has a replica for each row of `tensor`, whatever the other axes are for."""
+  mesh = mesh_of((1, 2, 2, 2))
+  replicas = sharding.replica_meshes(mesh)
+  assert [r.shape["tensor"] for r in replicas] == [2] * 4
+  together = sharding.side_by_side(mesh)
+  assert together.shape["tensor"] == 2 and together.shape["sequence"] == 1
+  order = lambda mesh: [device.id for device in mesh.devices.flat]  # noqa: E731
+  assert sum(map(order, replicas), []) == order(mesh) == order(together)
+
+
 def test_a_dimension_that_its_axes_do_not_divide_stays_whole():
   mesh = mesh_of((1, 4, 2))
   assert sharding.spec(sharding.WEIGHTS, "KHD", (3, 16, 6), mesh) == P(None, None, None)
@@ -121,7 +142,11 @@ def test_a_mesh_of_another_size_is_refused_in_one_line():
   with pytest.raises(ValueError, match="needs 6 devices, this run has 8") as error:
     sharding.make_mesh(1, 3, 2)
   assert "\n" not in str(error.value)
-  assert dict(sharding.make_mesh(1, -1, 2).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+  assert dict(sharding.make_mesh(1, -1, 2).shape) == {
+    "data": 1, "fsdp": 4, "sequence": 1, "tensor": 2,
+  }  # fmt: skip
+  with pytest.raises(ValueError, match="fsdp=1 x sequence=3 x tensor=2 needs 6 devices"):
+    sharding.make_mesh(1, -1, 2, sequence=3)
 
 
 def test_the_compiled_step_shards_the_residual_stream(wide):

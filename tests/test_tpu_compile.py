@@ -21,7 +21,8 @@ from qed_kernels import flash_attention as fa
 from qed_kernels.flash_attention.shapes import REAL
 
 from qed_jax.model import head, kv_cache, presets, qwen3
-from qed_jax.rollout import sampler, sampling
+from qed_jax.records import Batch
+from qed_jax.rollout import policy, sampler, sampling
 from qed_jax.sharding import AXES
 
 pytestmark = [
@@ -51,7 +52,7 @@ def devices(topology: str):
 
 
 def mesh(topology: str, tensor: int = 1) -> Mesh:
-  return Mesh(np.array(devices(topology)[:tensor]).reshape(1, 1, tensor), AXES)
+  return Mesh(np.array(devices(topology)[:tensor]).reshape(1, 1, 1, tensor), AXES)
 
 
 def compiled(on: Mesh, program, *arguments, donate=()):
@@ -221,3 +222,23 @@ def test_a_chunk_of_sampling_compiles(tensor):
   memory, pages = program.memory_analysis(), jax.tree.leaves(state.kv_cache)
   cache_bytes = sum(x.size * x.dtype.itemsize for x in pages) // tensor
   assert memory.alias_size_in_bytes >= cache_bytes > 4 * memory.temp_size_in_bytes
+
+
+def test_a_row_of_53k_tokens_trains_on_eight_small_chips():
+  """Qwen3-4B on v5e chips of 16 GB: gradients with their tokens over all eight, and AdamW beside
+  them, fit; with a row a chip the scratch space alone does not."""
+  T, chips = 53_248, 8
+  on = Mesh(np.array(devices("v5e:2x4")).reshape(1, 1, chips, 1), AXES)
+  config = presets.from_preset("qwen3-4b", dtype="bfloat16", remat="layer", attention="auto")
+
+  def loss(params, batch):
+    return jnp.sum(qwen3.score(config, params, batch, 1.0, 1024)[0] * batch.weight_BT)
+
+  params = policy.abstract_params(config, on, "float32")
+  row = lambda dtype: abstract(on, (1, T), dtype, None, "sequence")  # noqa: E731
+  program = compiled(on, jax.grad(loss), params, Batch(*map(row, ["int32"] * 3 + ["float32"])))
+  assert kernels_of(program) == {"flash_forward", "flash_backward"}
+  memory = program.memory_analysis()
+  # Weights, gradients and the two moments are of one size.
+  assert memory.temp_size_in_bytes + 4 * memory.argument_size_in_bytes < HBM["v5e"]
+  assert memory.output_size_in_bytes < 1.1 * memory.argument_size_in_bytes

@@ -72,8 +72,7 @@ def main() -> int:
       took = {name: float(np.median(x)) for name, x in times.items()}
       ratio = float(np.median(np.divide(times["jax"], times["qed_jax"])))
       memory = {
-        name: program.memory_analysis().temp_size_in_bytes / 2**20
-        for name, program in both.items()
+        name: program.memory_analysis().temp_size_in_bytes / 2**20 for name, program in both.items()
       }
       result[f"{length} {part}"] = {"ratio": ratio, "ms": took, "temporary_mib": memory}
       print(

@@ -132,7 +132,7 @@ def flash(chip: Chip) -> dict[str, dict]:
   chosen = []
 
   def both(q, k, v, segments_BT, do):
-    chosen.append(pallas_tpu.blocks(T))  # they depend on the chip
+    chosen.append(pallas_tpu.blocks(T, T))  # they depend on the chip
     rows = fa.pack(segments_BT, N, K, H)
     attend = lambda *qkv: fa.flash_attention(*qkv, rows, implementation="pallas_tpu")[0]  # noqa: E731
     o, pull = jax.vjp(attend, q, k, v)

@@ -1,7 +1,8 @@
 """Attention behind one function each for packed rows and for the KV cache: the way to qed_kernels.
 
-The kernels see whole rows and heads of one device; on a mesh they run inside shard_map, rows over
-`data` and `fsdp`, heads over `tensor`. Plain XLA is left to XLA's own partitioning instead.
+The kernels see rows and heads of one device; on a mesh they run inside shard_map, rows over `data`
+and `fsdp`, heads over `tensor`. Where tokens are split over `sequence`, devices exchange what they
+need (context_parallel.py). Plain XLA is otherwise left to XLA's own partitioning.
 """
 
 import dataclasses
@@ -16,36 +17,91 @@ from qed_kernels.choice import say
 from qed_kernels.dense import attend
 
 from qed_jax import sharding
+from qed_jax.model import context_parallel
 from qed_jax.model import kv_cache as kv
 
 SCORES_AT_ONCE = 2**20  # scores of a head that attention over the cache makes at once
 
 
-def pack(config, segments_BT) -> flash.PackedRows:
+def pack(config, segments_BT):
   """What all layers need to know of packed rows, int segments [B, T]: made once a batch.
 
-  config: Qwen3Config; its `attention` names an implementation of qed_kernels, or is "auto".
+  config: Qwen3Config; its `attention` names an implementation of qed_kernels, or is "auto". Returns
+  PackedRows; where queries stay on their devices, two of them, for the pieces of each device, with
+  a dimension in front that counts devices.
   """
+  start_BT = flash.segment_starts(segments_BT)
+  B, T = start_BT.shape
   heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-  return flash.pack(segments_BT, *heads, implementation_for(config))
+  own = lambda start_BT: flash.pack_starts(start_BT, T, *heads, implementation_for(config))  # noqa: E731
+  if way(config, T) != "tokens":
+    return own(start_BT)
+  rows, tokens, _, _ = layout("BTK_", (B, T, config.num_kv_heads, 1))
+
+  def of_device(start_BT):
+    pieces = tuple(own(x + (T - end)) for x, end in context_parallel.trade(start_BT, tokens))
+    return jax.tree.map(lambda x: x[None], pieces)
+
+  return shard_map(of_device, (P(rows, tokens),), P(tokens, rows))(start_BT)
 
 
-def attention(config, q_BTNH, k_BTKH, v_BTKH, rows: flash.PackedRows):
-  """Causal attention within segments -> o_BTNH in q's dtype; softmax in float32."""
-  implementation = implementation_for(config)
+def attention(config, q_BTNH, k_BTKH, v_BTKH, rows):
+  """Causal attention within segments -> o_BTNH in q's dtype; softmax in float32.
 
-  def run(q_BTNH, k_BTKH, v_BTKH, rows):
+  rows: what `pack` made.
+  """
+  how, implementation = way(config, q_BTNH.shape[1]), implementation_for(config)
+
+  def attend(q_BTNH, k_BTKH, v_BTKH, rows):
     return flash.flash_attention(q_BTNH, k_BTKH, v_BTKH, rows, implementation=implementation)[0]
 
-  if rows.plan is None or not sharding.several_devices():
-    return run(q_BTNH, k_BTKH, v_BTKH, rows)
+  if how == "whole" and (rows.plan is None or not sharding.several_devices()):
+    return attend(q_BTNH, k_BTKH, v_BTKH, rows)
+  own = layout("B_KH" if how == "whole" else "BTKH", k_BTKH.shape)
+  by_row, tokens = own[:2]
+  if how == "whole":
+    run, of_rows = attend, P(by_row)
+  elif how == "heads":
+    run, of_rows = functools.partial(context_parallel.by_heads, attend, tokens), P(by_row)
+  else:
+    of_rows = P(tokens, by_row)
+
+    def run(q_BTNH, k_BTKH, v_BTKH, rows):
+      rows = jax.tree.map(lambda x: x[0], rows)
+      return context_parallel.by_tokens(attend, tokens, q_BTNH, k_BTKH, v_BTKH, rows)
+
+  return shard_map(run, (own, own, own, of_rows), own)(q_BTNH, k_BTKH, v_BTKH, rows)
+
+
+def way(config, T: int) -> str:
+  """How rows of T tokens are attended to: "heads" or "tokens" (model/context_parallel.py), or
+  "whole" where their tokens are not split over devices, or not evenly.
+
+  Of two that are possible it is the one that moves fewer bytes.
+  """
+  shares = sharding.token_shares(T)
+  if shares == 1:
+    return "whole"
+  tensor = jax.sharding.get_abstract_mesh().shape["tensor"]
+  N, K = config.num_heads // tensor, config.num_kv_heads // tensor
+  possible = {"heads": K % shares == 0, "tokens": T % (2 * shares) == 0}
+  if config.num_kv_heads % tensor or not any(possible.values()):
+    return "whole"
+  of_head = T // shares * config.head_dim * jnp.dtype(config.dtype).itemsize
+  received = context_parallel.bytes_received(N * of_head, K * of_head, shares)
+  return min((name for name in received if possible[name]), key=received.get)
+
+
+def layout(letters: str, shape) -> P:
+  """Where an activation's dimensions lie on the mesh in use."""
   mesh = jax.sharding.get_abstract_mesh()
-  layout = lambda letters, x: sharding.spec(sharding.ACTIVATIONS, letters, x.shape, mesh)  # noqa: E731
-  by_head = layout("B_NH", q_BTNH)
-  of_rows = jax.tree.map(lambda _: P(by_head[0]), rows)
-  in_specs = (by_head, layout("B_KH", k_BTKH), layout("B_KH", v_BTKH), of_rows)
-  own = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=by_head, check_vma=False)
-  return own(q_BTNH, k_BTKH, v_BTKH, rows)
+  return sharding.spec(sharding.ACTIVATIONS, letters, shape, mesh)
+
+
+def shard_map(run, in_specs, out_specs):
+  """Each device runs its own part on the mesh in use."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def implementation_for(config) -> str:
@@ -119,13 +175,7 @@ def paged_decode(name: str, q_BTNH, k_BTKH, v_BTKH, kv_cache: kv.KVCache, layer,
   if sharding.several_devices():
     heads = P(None, None, "tensor")
     split = lambda tree: jax.tree.map(lambda _: heads, tree)  # noqa: E731
-    layout = dataclasses.replace(split(pages), table_BP=P())
-    run = jax.shard_map(
-      run,
-      mesh=jax.sharding.get_abstract_mesh(),
-      in_specs=(heads, split(tokens), layout, P(), P()),
-      out_specs=(heads, layout),
-      check_vma=False,
-    )
+    placed = dataclasses.replace(split(pages), table_BP=P())
+    run = shard_map(run, (heads, split(tokens), placed, P(), P()), (heads, placed))
   o_BTNH, pages = run(*arguments)
   return o_BTNH, kv.KVCache(**{f.name: getattr(pages, f.name) for f in dataclasses.fields(pages)})

@@ -1,8 +1,8 @@
 """The scoring head on a device or a mesh: the other way to qed_kernels.
 
-Tokens do not need one another here. Where the rows of a batch are spread over all devices of a
-mesh, each scores its own with the whole head, inside shard_map, and the head's gradient is added up
-over devices once. On other meshes (`tensor` splits the vocabulary) XLA partitions the plain
+Tokens do not need one another here. Where those of a batch are spread over all devices of a mesh,
+each scores its own with the whole head, inside shard_map, and the head's gradient is added up over
+devices once. On other meshes (`tensor` splits the vocabulary) XLA partitions the plain
 implementation.
 """
 
@@ -25,13 +25,30 @@ def score_tokens(x_BTD, w_VD, target_BT, temperature, chunk: int):
   run = functools.partial(score_head, chunk=chunk)
   if not sharding.several_devices():
     return run(x_BTD, w_VD, target_BT, temperature)
+  B, T, D = x_BTD.shape
   mesh = jax.sharding.get_abstract_mesh()
-  rows = sharding.spec(sharding.ACTIVATIONS, "B", target_BT.shape[:1], mesh)
-  axes = () if rows[0] is None else (rows[0],) if isinstance(rows[0], str) else rows[0]
-  if math.prod(mesh.shape[axis] for axis in axes) < mesh.size:
-    return run(x_BTD, w_VD, target_BT, temperature, pin=sharding.constrain)
-  own = jax.shard_map(
-    run, mesh=mesh, in_specs=(rows, P(), rows, P()), out_specs=rows, check_vma=False
-  )
-  # In its narrow type, so that half as much is gathered.
-  return own(x_BTD, w_VD.astype(x_BTD.dtype), target_BT, temperature)
+  tokens = sharding.spec(sharding.ACTIVATIONS, "BT", (B, T), mesh)
+  axes = [
+    axis for names in tokens for axis in ((names,) if isinstance(names, str) else names or ())
+  ]
+  if mesh.shape["tensor"] == 1 and math.prod(mesh.shape[axis] for axis in axes) == mesh.size:
+    own = jax.shard_map(
+      run, mesh=mesh, in_specs=(tokens, P(), tokens, P()), out_specs=tokens, check_vma=False
+    )
+    # In its narrow type, so that half as much is gathered.
+    return own(x_BTD, w_VD.astype(x_BTD.dtype), target_BT, temperature)
+
+  # Each device's share of a row as a row of its own, so that a chunk is of all devices' tokens.
+  shares = sharding.token_shares(T)
+  apart = lambda x: x.reshape(B, shares, -1, *x.shape[2:])  # noqa: E731
+
+  def rows(x_BTx, letters):
+    x_BsTx = sharding.constrain(x_BTx, letters)
+    return x_BsTx.reshape(B * shares, *x_BsTx.shape[2:])
+
+  def pin(z_RCV, letters):
+    return rows(z_RCV.reshape(B, shares, *z_RCV.shape[1:]), "BT" + letters[1:])
+
+  x_RTD, target_RT = rows(apart(x_BTD), "BT_D"), rows(apart(target_BT), "BT_")
+  scores = run(x_RTD, w_VD, target_RT, temperature, pin=pin)
+  return tuple(score_RT.reshape(B, T) for score_RT in scores)

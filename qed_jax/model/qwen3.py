@@ -16,7 +16,7 @@ from flax import nnx
 from qed_jax.model.attention import append_and_attend, attention, pack
 from qed_jax.model.head import score_tokens
 from qed_jax.model.layers import at_least_float32, linear, rms_norm, rope, rope_angles
-from qed_jax.sharding import constrain
+from qed_jax.sharding import constrain, gathered, several_devices
 
 DIMS = {
   "embed_tokens": "VD",
@@ -126,6 +126,16 @@ def from_heads(o_BTNH, w_DNH):
   return linear(o_BTNH.reshape(B, T, N * H), w_DNH.reshape(-1, N * H))
 
 
+def gather(weights, dtype: str):
+  """The state of a Block with its projections as they are multiplied: cast, then gathered."""
+
+  def one(path, w):
+    letters = DIMS["layers." + ".".join(k.key for k in path if hasattr(k, "key"))][1:]
+    return gathered(w.astype(dtype), letters) if len(letters) > 1 else w
+
+  return jax.tree_util.tree_map_with_path(one, weights)
+
+
 class Attention(nnx.Module):
   """Grouped-query attention with RMSNorm on each query and key head before RoPE."""
 
@@ -203,7 +213,7 @@ class Qwen3(nnx.Module):
     Returns x_BTD, carry, kept_L.
     """
     config = self.config
-    x_BTD = self.embed_tokens[...].astype(config.dtype)[tokens_BT]
+    x_BTD = gathered(self.embed_tokens[...].astype(config.dtype), "VD")[tokens_BT]
     x_BTD = constrain(x_BTD, "BTD")
     wide = at_least_float32(config.dtype)
     angles = rope_angles(positions_BT, config.head_dim, config.rope_theta, wide)
@@ -217,6 +227,7 @@ class Qwen3(nnx.Module):
         o_BTNH, new_carry, kept = attend(q_BTNH, k_BTKH, v_BTKH, carry, index)
         return o_BTNH, (new_carry, kept)
 
+      weights = gather(weights, config.dtype) if several_devices() else weights
       x_BTD, (carry, kept) = nnx.merge(graph, weights)(x_BTD, angles, attend_here)
       return (x_BTD, carry, index + 1), kept
 
@@ -292,7 +303,6 @@ def score(config: Qwen3Config, params: dict, batch, temperature: float, chunk: i
   """
   model = bind(config, params)
   x_BTD = hidden(config, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
-  x_BTD = constrain(x_BTD, "B_D")
   target_BT = jnp.roll(batch.tokens_BT, -1, axis=1)
   scores = score_tokens(x_BTD, model.head(), target_BT, temperature, chunk)
   behind = lambda x_BT: jnp.pad(x_BT, ((0, 0), (1, 0)))[:, :-1]  # noqa: E731

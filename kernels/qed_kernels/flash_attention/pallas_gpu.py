@@ -34,35 +34,47 @@ LOG2E = math.log2(math.e)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Padded rows: token t sees start[t] <= s <= t, and is seen by t <= s < end[t]. int32."""
+  """Padded rows: query t sees the keys start[t] <= s that are not after its own, and key s is seen
+  by queries t < end[s] whose keys are not before it. int32.
+
+  Padding is in front, so that the last query stays the token of the last key.
+  """
 
   start_BT: Any
-  end_BT: Any
+  end_BS: Any
 
 
-def plan(start_BT, group: int, head_dim: int) -> Plan:
-  """start_BT: int32. Once a batch, for all layers."""
+def plan(start_BT, keys: int, group: int, head_dim: int) -> Plan:
+  """start_BT: int32, of the last T keys. Once a batch, for all layers."""
   T = start_BT.shape[1]
-  # Padding sees itself: a segment of its own at the end of the row.
-  start_BT = jnp.pad(start_BT, ((0, 0), (0, -T % QUERIES)), constant_values=T)
-  past = functools.partial(jnp.searchsorted, side="right")
-  return Plan(
-    start_BT, jax.vmap(lambda start_T: past(start_T, start_T))(start_BT).astype(jnp.int32)
-  )
+  queries, padded = padded_size(T), padded_size(keys)
+  start_BT = start_BT + (padded - keys)
+  # Padding sees itself, and starts never fall.
+  padding_BT = jnp.minimum(jnp.repeat(start_BT[:, :1], queries - T, axis=1), padded - queries)
+  start_BT = jnp.concatenate([padding_BT, start_BT], axis=1)
+  key_S = jnp.arange(padded, dtype=jnp.int32)
+  end_BS = jax.vmap(lambda start_T: jnp.searchsorted(start_T, key_S, side="right"))(start_BT)
+  return Plan(start_BT, end_BS.astype(jnp.int32))
 
 
-def flash_attention(q_BTNH, k_BTKH, v_BTKH, rows, scale: float):
+def padded_size(tokens: int) -> int:
+  return -(-tokens // QUERIES) * QUERIES
+
+
+def flash_attention(q_BTNH, k_BSKH, v_BSKH, rows, scale: float):
   """As the reference: o_BTNH, and lse_BTN in float32. rows.plan is of `plan`."""
-  limits(q_BTNH, k_BTKH)
+  limits(q_BTNH, k_BSKH)
   interpret, T = hopper.interpreter("pallas_gpu"), q_BTNH.shape[1]
-  pad = lambda x: jnp.pad(x, ((0, 0), (0, -T % QUERIES), (0, 0), (0, 0)))  # noqa: E731
-  o_BTNH, lse_BNT = attention(scale, interpret, pad(q_BTNH), pad(k_BTKH), pad(v_BTKH), rows.plan)
-  return o_BTNH[:, :T], jnp.swapaxes(lse_BNT, 1, 2)[:, :T]
+  pad = lambda x: jnp.pad(  # noqa: E731
+    x, ((0, 0), (padded_size(x.shape[1]) - x.shape[1], 0), (0, 0), (0, 0))
+  )
+  o_BTNH, lse_BNT = attention(scale, interpret, pad(q_BTNH), pad(k_BSKH), pad(v_BSKH), rows.plan)
+  return o_BTNH[:, -T:], jnp.swapaxes(lse_BNT, 1, 2)[:, -T:]
 
 
-def limits(q_BTNH, k_BTKH) -> None:
+def limits(q_BTNH, k_BSKH) -> None:
   """Raises NotImplementedError, one line, for what the kernels cannot do."""
-  N, H, K = *q_BTNH.shape[2:], k_BTKH.shape[2]
+  N, H, K = *q_BTNH.shape[2:], k_BSKH.shape[2]
   if H not in (64, 128):
     raise NotImplementedError(f"pallas_gpu: head_dim {H} is neither 64 nor 128")
   if N % K:
@@ -72,23 +84,23 @@ def limits(q_BTNH, k_BTKH) -> None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attention(scale: float, interpret: Any, q_BTNH, k_BTKH, v_BTKH, plan: Plan):
+def attention(scale: float, interpret: Any, q_BTNH, k_BSKH, v_BSKH, plan: Plan):
   """o_BTNH and lse_BNT (natural logarithm) of padded rows."""
-  o_BTNH, lse2_BNT = forward(scale, interpret, q_BTNH, k_BTKH, v_BTKH, plan)
+  o_BTNH, lse2_BNT = forward(scale, interpret, q_BTNH, k_BSKH, v_BSKH, plan)
   return o_BTNH, lse2_BNT / LOG2E
 
 
-def attention_forward(scale, interpret, q_BTNH, k_BTKH, v_BTKH, plan):
-  o_BTNH, lse2_BNT = forward(scale, interpret, q_BTNH, k_BTKH, v_BTKH, plan)
-  return (o_BTNH, lse2_BNT / LOG2E), (q_BTNH, k_BTKH, v_BTKH, plan, o_BTNH, lse2_BNT)
+def attention_forward(scale, interpret, q_BTNH, k_BSKH, v_BSKH, plan):
+  o_BTNH, lse2_BNT = forward(scale, interpret, q_BTNH, k_BSKH, v_BSKH, plan)
+  return (o_BTNH, lse2_BNT / LOG2E), (q_BTNH, k_BSKH, v_BSKH, plan, o_BTNH, lse2_BNT)
 
 
 def attention_backward(scale, interpret, kept, cotangents):
-  q_BTNH, k_BTKH, v_BTKH, plan, o_BTNH, lse2_BNT = kept
+  q_BTNH, k_BSKH, v_BSKH, plan, o_BTNH, lse2_BNT = kept
   do_BTNH, dlse_BNT = cotangents
   # d score = p (dp - sum(p dp)) + p dlse, and sum(p dp) = sum(o do).
   own_BNT = jnp.einsum("BTNH,BTNH->BNT", o_BTNH, do_BTNH, preferred_element_type=jnp.float32)
-  inputs = (q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse2_BNT, own_BNT - dlse_BNT)
+  inputs = (q_BTNH, k_BSKH, v_BSKH, do_BTNH, lse2_BNT, own_BNT - dlse_BNT)
   dq_BTNH = query_gradient(scale, interpret, *inputs, plan)
   return dq_BTNH, *key_value_gradient(scale, interpret, *inputs, plan), None
 
@@ -99,12 +111,12 @@ attention.defvjp(attention_forward, attention_backward)
 # --- forward -----------------------------------------------------------------------------------
 
 
-def forward(scale, interpret, q_BTNH, k_BTKH, v_BTKH, plan: Plan):
+def forward(scale, interpret, q_BTNH, k_BSKH, v_BSKH, plan: Plan):
   """-> o_BTNH and lse_BNT, float32, in base 2."""
   B, T, N, H = q_BTNH.shape
   ring = hopper.operand(SLOTS, FORWARD_KEYS, H)
   kernel = functools.partial(
-    forward_kernel, group=N // k_BTKH.shape[2], scale=scale * LOG2E, interpret=interpret
+    forward_kernel, group=N // k_BSKH.shape[2], scale=scale * LOG2E, interpret=interpret
   )
   return hopper.call(
     kernel,
@@ -118,7 +130,7 @@ def forward(scale, interpret, q_BTNH, k_BTKH, v_BTKH, plan: Plan):
       *(hopper.barriers(SLOTS, 2), hopper.barriers(SLOTS, 2), hopper.barriers(1, 2)),
     ],
     warpgroups=3,
-  )(q_BTNH, k_BTKH, v_BTKH, plan.start_BT)
+  )(q_BTNH, k_BSKH, v_BSKH, plan.start_BT)
 
 
 def forward_kernel(
@@ -127,8 +139,8 @@ def forward_kernel(
 ):  # fmt: skip
   """A block of queries of a head: scores, softmax so far, P V, over the keys that they see."""
   head, row, warpgroup = (lax.axis_index(name) for name in ("head", "row", "warpgroup"))
-  first_query = reversed_block(q_ref) * QUERIES
-  first, last = key_blocks(start_ref, row, first_query, FORWARD_KEYS)
+  first_query, behind = reversed_block(q_ref) * QUERIES, key_of_first_query(q_ref, k_ref)
+  first, last = key_blocks(start_ref, row, first_query, behind, FORWARD_KEYS)
 
   def hand_over():
     mg.barrier_arrive(turn)
@@ -138,7 +150,7 @@ def forward_kernel(
   def _():
     mg.set_max_registers(hopper.CONSUMER, action="increase")
     query = first_query + warpgroup * ROWS
-    queries, q_tile = pl.ds(query, ROWS), q_tiles.at[warpgroup]
+    own_key, queries, q_tile = query + behind, pl.ds(query, ROWS), q_tiles.at[warpgroup]
     mg.copy_gmem_to_smem(q_ref.at[row, queries, head], q_tile, q_full.at[warpgroup])
     start_Q = hopper.load(start_ref.at[row, queries], ROW)
     last_start = start_ref[row, query + ROWS - 1]
@@ -153,11 +165,11 @@ def forward_kernel(
       mg.barrier_arrive(k_free.at[slot])
 
       def masked():
-        t_QS, s_index_QS = hopper.index(s_QS.shape, 0) + query, hopper.index(s_QS.shape, 1) + key
-        seen_QS = (s_index_QS <= t_QS) & (s_index_QS >= hopper.rows(start_Q, s_QS.shape))
+        own_QS, key_QS = hopper.index(s_QS.shape, 0) + own_key, hopper.index(s_QS.shape, 1) + key
+        seen_QS = (key_QS <= own_QS) & (key_QS >= hopper.rows(start_Q, s_QS.shape))
         return jnp.where(seen_QS, s_QS, UNSEEN)
 
-      edge = (key + FORWARD_KEYS > query) | (key < last_start)
+      edge = (key + FORWARD_KEYS > own_key) | (key < last_start)
       s_QS = lax.cond(edge, masked, lambda: s_QS)
       new_largest_Q = jnp.maximum(largest_Q, s_QS.max(axis=1) * scale)
       shrink_Q = jnp.exp2(largest_Q - new_largest_Q)
@@ -211,9 +223,18 @@ def reversed_block(q_ref):
   return q_ref.shape[1] // QUERIES - 1 - lax.axis_index("block")
 
 
-def key_blocks(start_ref, row, first_query, keys: int):
-  """The blocks of `keys` keys that some query of a block sees, first <= i < last."""
-  return lax.div(start_ref[row, first_query], keys), lax.div(first_query + QUERIES, keys)
+def key_of_first_query(q_ref, k_ref) -> int:
+  """Which key is that of query 0: the T queries are those of the last T of the S keys."""
+  return k_ref.shape[1] - q_ref.shape[1]
+
+
+def key_blocks(start_ref, row, first_query, behind: int, keys: int):
+  """The blocks of `keys` keys that some query of a block sees, first <= i < last.
+
+  behind: the key of query 0.
+  """
+  last = lax.div(first_query + QUERIES + behind, keys)
+  return lax.div(start_ref[row, first_query], keys), last
 
 
 def produce_keys_and_values(
@@ -233,13 +254,13 @@ def produce_keys_and_values(
 # --- backward ----------------------------------------------------------------------------------
 
 
-def query_gradient(scale, interpret, q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, offset_BNT, plan):
+def query_gradient(scale, interpret, q_BTNH, k_BSKH, v_BSKH, do_BTNH, lse_BNT, offset_BNT, plan):
   """-> dq_BTNH. lse in base 2; offset: what is subtracted from dP."""
   B, T, N, H = q_BTNH.shape
   tiles, ring = hopper.operand(2, ROWS, H), hopper.operand(SLOTS, BACKWARD, H)
   return hopper.call(
     functools.partial(
-      query_gradient_kernel, group=N // k_BTKH.shape[2], scale=scale, interpret=interpret
+      query_gradient_kernel, group=N // k_BSKH.shape[2], scale=scale, interpret=interpret
     ),
     "flash_query_gradient",
     interpret,
@@ -251,7 +272,7 @@ def query_gradient(scale, interpret, q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, o
       *(hopper.barriers(SLOTS, 2), hopper.barriers(SLOTS, 2)),
     ],
     warpgroups=3,
-  )(q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, offset_BNT, plan.start_BT)
+  )(q_BTNH, k_BSKH, v_BSKH, do_BTNH, lse_BNT, offset_BNT, plan.start_BT)
 
 
 def query_gradient_kernel(
@@ -261,14 +282,15 @@ def query_gradient_kernel(
 ):  # fmt: skip
   """A block of queries of a head: P again, dP, and dS K over the keys that they see."""
   head, row, warpgroup = (lax.axis_index(name) for name in ("head", "row", "warpgroup"))
-  first_query = reversed_block(q_ref) * QUERIES
-  first, last = key_blocks(start_ref, row, first_query, BACKWARD)
+  first_query, behind = reversed_block(q_ref) * QUERIES, key_of_first_query(q_ref, k_ref)
+  first, last = key_blocks(start_ref, row, first_query, behind, BACKWARD)
 
   @pl.when(warpgroup < 2)
   def _():
     mg.set_max_registers(hopper.CONSUMER, action="increase")
     query = first_query + warpgroup * ROWS
-    queries, q_tile, do_tile = pl.ds(query, ROWS), q_tiles.at[warpgroup], do_tiles.at[warpgroup]
+    own_key, queries = query + behind, pl.ds(query, ROWS)
+    q_tile, do_tile = q_tiles.at[warpgroup], do_tiles.at[warpgroup]
     mg.copy_gmem_to_smem(q_ref.at[row, queries, head], q_tile, q_full.at[warpgroup])
     mg.copy_gmem_to_smem(do_ref.at[row, queries, head], do_tile, q_full.at[warpgroup])
     lse_Q = hopper.load(lse_ref.at[row, head, queries], ROW)
@@ -284,11 +306,11 @@ def query_gradient_kernel(
       p_QS = jnp.exp2(s_QS * (scale * LOG2E) - hopper.rows(lse_Q, s_QS.shape))
 
       def masked():
-        t_QS, s_index_QS = hopper.index(p_QS.shape, 0) + query, hopper.index(p_QS.shape, 1) + key
-        seen_QS = (s_index_QS <= t_QS) & (s_index_QS >= hopper.rows(start_Q, p_QS.shape))
+        own_QS, key_QS = hopper.index(p_QS.shape, 0) + own_key, hopper.index(p_QS.shape, 1) + key
+        seen_QS = (key_QS <= own_QS) & (key_QS >= hopper.rows(start_Q, p_QS.shape))
         return jnp.where(seen_QS, p_QS, 0.0)
 
-      p_QS = lax.cond((key + BACKWARD > query) | (key < last_start), masked, lambda: p_QS)
+      p_QS = lax.cond((key + BACKWARD > own_key) | (key < last_start), masked, lambda: p_QS)
       mg.barrier_wait(v_full.at[slot])
       dp_QS = hopper.product(do_tile, hopper.transposed(v_ring.at[slot]))
       mg.barrier_arrive(v_free.at[slot])
@@ -313,25 +335,25 @@ def query_gradient_kernel(
 
 
 def key_value_gradient(
-  scale, interpret, q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, offset_BNT, plan
+  scale, interpret, q_BTNH, k_BSKH, v_BSKH, do_BTNH, lse_BNT, offset_BNT, plan
 ):
-  """-> dk_BTKH, dv_BTKH. Arguments as of `query_gradient`."""
-  (B, T, N, H), K = q_BTNH.shape, k_BTKH.shape[2]
+  """-> dk_BSKH, dv_BSKH. Arguments as of `query_gradient`."""
+  (B, _, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
   tiles, ring = hopper.operand(2, ROWS, H), hopper.operand(SLOTS, BACKWARD, H)
   numbers = mg.SMEM((SLOTS, BACKWARD), jnp.float32)
   return hopper.call(
     functools.partial(key_value_gradient_kernel, group=N // K, scale=scale, interpret=interpret),
     "flash_key_value_gradient",
     interpret,
-    grid={"head": K, "block": T // QUERIES, "row": B},
-    outputs=[like(k_BTKH), like(v_BTKH)],
+    grid={"head": K, "block": S // QUERIES, "row": B},
+    outputs=[like(k_BSKH), like(v_BSKH)],
     scratch=[
       *(tiles, tiles, ring, ring, numbers, numbers, hopper.barriers(2, 2)),
       *(hopper.barriers(SLOTS, 3), hopper.barriers(SLOTS)),
       *(hopper.barriers(SLOTS, 2), hopper.barriers(SLOTS, 2)),
     ],
     warpgroups=3,
-  )(q_BTNH, k_BTKH, v_BTKH, do_BTNH, lse_BNT, offset_BNT, plan.start_BT, plan.end_BT)
+  )(q_BTNH, k_BSKH, v_BSKH, do_BTNH, lse_BNT, offset_BNT, plan.start_BT, plan.end_BS)
 
 
 def key_value_gradient_kernel(
@@ -343,9 +365,10 @@ def key_value_gradient_kernel(
   heads of the group that see them."""
   head, row, warpgroup = (lax.axis_index(name) for name in ("head", "row", "warpgroup"))
   first_key = lax.axis_index("block") * QUERIES  # the first ones are seen the most
-  first = lax.div(first_key, BACKWARD)
+  behind = key_of_first_query(q_ref, k_ref)
+  first = lax.div(lax.max(first_key - behind, 0), BACKWARD)
   last = pl.cdiv(end_ref[row, first_key + QUERIES - 1], BACKWARD)
-  steps = (last - first) * group
+  steps = lax.max(last - first, 0) * group
 
   @pl.when(warpgroup < 2)
   def _():
@@ -367,10 +390,12 @@ def key_value_gradient_kernel(
 
       def masked():
         end_S = hopper.load(end_ref.at[row, keys], ROW)  # rare: not worth registers all the time
-        t_SQ, s_index_SQ = hopper.index(p_SQ.shape, 1) + query, hopper.index(p_SQ.shape, 0) + key
-        return jnp.where((s_index_SQ <= t_SQ) & (t_SQ < hopper.rows(end_S, p_SQ.shape)), p_SQ, 0.0)
+        t_SQ, key_SQ = hopper.index(p_SQ.shape, 1) + query, hopper.index(p_SQ.shape, 0) + key
+        seen_SQ = (key_SQ <= t_SQ + behind) & (t_SQ < hopper.rows(end_S, p_SQ.shape))
+        return jnp.where(seen_SQ, p_SQ, 0.0)
 
-      p_SQ = lax.cond((key + ROWS > query) | (query + BACKWARD > first_end), masked, lambda: p_SQ)
+      edge = (key + ROWS > query + behind) | (query + BACKWARD > first_end)
+      p_SQ = lax.cond(edge, masked, lambda: p_SQ)
       p_SQ = p_SQ.astype(k_tile.dtype)  # rounded for dS too: half the registers
       mg.barrier_wait(do_full.at[slot])
       dp_SQ = hopper.product(v_tile, hopper.transposed(do_ring.at[slot]))

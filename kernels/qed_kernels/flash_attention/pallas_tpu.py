@@ -13,6 +13,7 @@ is added up in an order that could vary: the gradients are the same to the bit f
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -37,70 +38,86 @@ XT_X = (((0,), (0,)), ((), ()))
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """Tokens of a tile: `query` by `key`, its scores made `part` keys at a time; rows of `padded`."""
+  """Tokens of a tile: `query` by `key`, its scores made `part` keys at a time; of padded rows.
+
+  queries, keys: padded to whole blocks. first: the key of the first query.
+  """
 
   query: int
   key: int
   part: int
-  padded: int
+  queries: int
+  keys: int
+
+  @property
+  def first(self) -> int:
+    return self.keys - self.queries
 
 
-def blocks(T: int) -> Blocks:
-  """For rows of T tokens."""
-  if T <= LANES:
-    return Blocks(LANES, LANES, LANES, LANES)
-  key = min(1024, -(-T // 256) * 256)
+def blocks(T: int, S: int) -> Blocks:
+  """For the last T of S tokens."""
+  if S <= LANES:
+    return Blocks(LANES, LANES, LANES, LANES, LANES)
+  key = min(1024, -(-S // 256) * 256)
   # The wider units of a v6e are kept busier by twice the rows (tools/tpu_static.py).
   query = 512 if key % 512 == 0 and choice.device().device_kind.startswith("TPU v6") else 256
-  return Blocks(query, key, 512 if key % 512 == 0 else 256, -(-T // key) * key)
+  part = 512 if key % 512 == 0 else 256
+  return Blocks(query, key, part, -(-T // query) * query, -(-S // key) * key)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """The padded rows, their tiles by query, and their tiles by key for each backward call."""
+  """The padded rows, their tiles by query, and their tiles by key for each backward call.
+
+  Padding is in front, so that the last query stays the token of the last key.
+  """
 
   start_BT: Any
   forward: Tiles
   backward: tuple[Tiles, ...]
 
 
-def plan(start_BT, group: int, head_dim: int) -> Plan:
-  """start_BT: int32. group: query heads of a key head. Once a batch, for all layers."""
+def plan(start_BT, keys: int, group: int, head_dim: int) -> Plan:
+  """start_BT: int32, of the last T keys. group: query heads of a key head. Once a batch."""
   T = start_BT.shape[1]
-  b = blocks(T)
-  # Padding sees itself: a segment of its own at the end of the row.
-  start_BT = jnp.pad(start_BT, ((0, 0), (0, b.padded - T)), constant_values=T)
+  b = blocks(T, keys)
+  start_BT = start_BT + (b.keys - keys)
+  # Padding sees itself, and starts never fall.
+  padding_BT = jnp.minimum(jnp.repeat(start_BT[:, :1], b.queries - T, axis=1), b.first)
+  start_BT = jnp.concatenate([padding_BT, start_BT], axis=1)
   backward = tuple(
-    tiles(start_BT[:, first : first + size], b.query, b.key, "key", first)
-    for first, size in calls(b, group, head_dim)
+    tiles(start_BT[:, first - b.first : until - b.first], b.query, b.key, "key", first)
+    for first, until in calls(b, group, head_dim)
   )
-  return Plan(start_BT, tiles(start_BT, b.query, b.key, "query"), backward)
+  return Plan(start_BT, tiles(start_BT, b.query, b.key, "query", b.first), backward)
 
 
 def calls(b: Blocks, group: int, head_dim: int) -> list[tuple[int, int]]:
-  """(first query, queries) of each backward call: whole key blocks, dQ of which fits into VMEM."""
+  """Where the queries of each backward call begin and end, as keys: dQ of them fits into VMEM."""
   fits = max(1, QUERY_GRADIENTS // (4 * group * head_dim * b.key)) * b.key
-  return [(first, min(fits, b.padded - first)) for first in range(0, b.padded, fits)]
+  cuts = [b.first, *range((b.first // fits + 1) * fits, b.keys, fits), b.keys]
+  return list(itertools.pairwise(cuts))
 
 
-def flash_attention(q_BTNH, k_BTKH, v_BTKH, rows, scale: float):
+def flash_attention(q_BTNH, k_BSKH, v_BSKH, rows, scale: float):
   """As the reference: o_BTNH, and lse_BTN in float32. rows.plan is of `plan`."""
-  limits(q_BTNH, k_BTKH)
+  limits(q_BTNH, k_BSKH)
   B, T, N, H = q_BTNH.shape
-  K = k_BTKH.shape[2]
-  pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks(T).padded - T), (0, 0), (0, 0)))  # noqa: E731
-  q_BKGTH = jnp.transpose(pad(q_BTNH).reshape(B, -1, K, N // K, H), (0, 2, 3, 1, 4))
-  k_BKTH, v_BKTH = (jnp.swapaxes(pad(x), 1, 2) for x in (k_BTKH, v_BTKH))
+  S, K = k_BSKH.shape[1:3]
+  b = blocks(T, S)
+  pad = lambda x, size: jnp.pad(x, ((0, 0), (size - x.shape[1], 0), (0, 0), (0, 0)))  # noqa: E731
+  q_BKGTH = jnp.transpose(pad(q_BTNH, b.queries).reshape(B, -1, K, N // K, H), (0, 2, 3, 1, 4))
+  k_BKSH, v_BKSH = (jnp.swapaxes(pad(x, b.keys), 1, 2) for x in (k_BSKH, v_BSKH))
   interpret = not choice.on_tpu()
-  o_BKGTH, lse_BKGT = attention(scale, interpret, q_BKGTH, k_BKTH, v_BKTH, rows.plan)
-  o_BTNH = jnp.transpose(o_BKGTH, (0, 3, 1, 2, 4)).reshape(B, -1, N, H)[:, :T]
-  return o_BTNH, jnp.transpose(lse_BKGT, (0, 3, 1, 2)).reshape(B, -1, N)[:, :T]
+  o_BKGTH, lse_BKGT = attention(scale, interpret, q_BKGTH, k_BKSH, v_BKSH, rows.plan)
+  o_BTNH = jnp.transpose(o_BKGTH, (0, 3, 1, 2, 4)).reshape(B, -1, N, H)[:, -T:]
+  return o_BTNH, jnp.transpose(lse_BKGT, (0, 3, 1, 2)).reshape(B, -1, N)[:, -T:]
 
 
-def limits(q_BTNH, k_BTKH) -> None:
+def limits(q_BTNH, k_BSKH) -> None:
   """Raises NotImplementedError, one line, for what the kernels cannot do."""
-  H, N, K = q_BTNH.shape[3], q_BTNH.shape[2], k_BTKH.shape[2]
+  H, N, K = q_BTNH.shape[3], q_BTNH.shape[2], k_BSKH.shape[2]
   if H % 64 or H > 256:
     raise NotImplementedError(f"pallas_tpu: head_dim {H} is not 64, 128, 192 or 256")
   if N % K:
@@ -110,37 +127,38 @@ def limits(q_BTNH, k_BTKH) -> None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attention(scale: float, interpret: Any, q_BKGTH, k_BKTH, v_BKTH, plan: Plan):
+def attention(scale: float, interpret: Any, q_BKGTH, k_BKSH, v_BKSH, plan: Plan):
   """o_BKGTH and lse_BKGT (natural logarithm) of padded rows."""
-  o_BKGTH, lse2_BKQ1X = forward(scale, interpret, q_BKGTH, k_BKTH, v_BKTH, plan)
+  o_BKGTH, lse2_BKQ1X = forward(scale, interpret, q_BKGTH, k_BKSH, v_BKSH, plan)
   return o_BKGTH, from_rows(lse2_BKQ1X, q_BKGTH.shape) / LOG2E
 
 
-def attention_forward(scale, interpret, q_BKGTH, k_BKTH, v_BKTH, plan):
-  o_BKGTH, lse2_BKQ1X = forward(scale, interpret, q_BKGTH, k_BKTH, v_BKTH, plan)
+def attention_forward(scale, interpret, q_BKGTH, k_BKSH, v_BKSH, plan):
+  o_BKGTH, lse2_BKQ1X = forward(scale, interpret, q_BKGTH, k_BKSH, v_BKSH, plan)
   lse_BKGT = from_rows(lse2_BKQ1X, q_BKGTH.shape) / LOG2E
-  return (o_BKGTH, lse_BKGT), (q_BKGTH, k_BKTH, v_BKTH, plan, o_BKGTH, lse2_BKQ1X)
+  return (o_BKGTH, lse_BKGT), (q_BKGTH, k_BKSH, v_BKSH, plan, o_BKGTH, lse2_BKQ1X)
 
 
 def attention_backward(scale, interpret, kept, cotangents):
-  q_BKGTH, k_BKTH, v_BKTH, plan, o_BKGTH, lse2_BKQ1X = kept
+  q_BKGTH, k_BKSH, v_BKSH, plan, o_BKGTH, lse2_BKQ1X = kept
   do_BKGTH, dlse_BKGT = cotangents
-  b, (G, _, H) = blocks(plan.start_BT.shape[1]), q_BKGTH.shape[2:]
+  G, T, H = q_BKGTH.shape[2:]
+  b = blocks(T, k_BKSH.shape[2])
   # d score = p (dp - sum(p dp)) + p dlse, and sum(p dp) = sum(o do).
   own_BKGT = jnp.einsum("BKGTH,BKGTH->BKGT", o_BKGTH, do_BKGTH, preferred_element_type=jnp.float32)
   offset_BKQ1X = to_rows(own_BKGT - dlse_BKGT, b.query)
-  dq, dk, dv = [], jnp.zeros(k_BKTH.shape, jnp.float32), jnp.zeros(v_BKTH.shape, jnp.float32)
-  for (first, size), part in zip(calls(b, G, H), plan.backward, strict=True):
-    here, until = slice(first, first + size), first + size
-    rows = slice(first // b.query, until // b.query)
+  dq, dk, dv = [], jnp.zeros(k_BKSH.shape, jnp.float32), jnp.zeros(v_BKSH.shape, jnp.float32)
+  for (first, until), part in zip(calls(b, G, H), plan.backward, strict=True):
+    here = slice(first - b.first, until - b.first)
+    rows = slice(here.start // b.query, here.stop // b.query)
     dq_here, dk_here, dv_here = backward(
       scale, interpret, b, first, part, plan.start_BT[:, here],
-      q_BKGTH[:, :, :, here], k_BKTH[:, :, :until], v_BKTH[:, :, :until], do_BKGTH[:, :, :, here],
+      q_BKGTH[:, :, :, here], k_BKSH[:, :, :until], v_BKSH[:, :, :until], do_BKGTH[:, :, :, here],
       lse2_BKQ1X[:, :, rows], offset_BKQ1X[:, :, rows],
     )  # fmt: skip
     dq.append(dq_here)
     dk, dv = dk.at[:, :, :until].add(dk_here), dv.at[:, :, :until].add(dv_here)
-  return jnp.concatenate(dq, axis=3), dk.astype(k_BKTH.dtype), dv.astype(v_BKTH.dtype), None
+  return jnp.concatenate(dq, axis=3), dk.astype(k_BKSH.dtype), dv.astype(v_BKSH.dtype), None
 
 
 attention.defvjp(attention_forward, attention_backward)
@@ -166,10 +184,11 @@ def dot(x, y, dims):
 
 
 def cost(q_BKGTH, k_BKSH, products: int):
-  """What XLA's scheduler is told: the causal half of the scores, and each array read once."""
-  scores = q_BKGTH.size // q_BKGTH.shape[-1] * k_BKSH.shape[2] // 2
+  """What XLA's scheduler is told: the causal part of the scores, and each array read once."""
+  T, H = q_BKGTH.shape[3:]
+  scores = q_BKGTH.size // H * (2 * k_BKSH.shape[2] - T) // 2
   return pl.CostEstimate(
-    flops=2 * products * scores * q_BKGTH.shape[-1],
+    flops=2 * products * scores * H,
     transcendentals=scores,
     bytes_accessed=(2 * q_BKGTH.size + 2 * k_BKSH.size) * q_BKGTH.dtype.itemsize,
   )
@@ -227,10 +246,10 @@ def over_tiles(kernel, name, listed: Tiles, *, inputs, outputs, scratch, product
 # --- forward -----------------------------------------------------------------------------------
 
 
-def forward(scale, interpret, q_BKGTH, k_BKTH, v_BKTH, plan: Plan):
+def forward(scale, interpret, q_BKGTH, k_BKSH, v_BKSH, plan: Plan):
   """-> o_BKGTH and lse_BKQ1X, float32, in base 2."""
   B, K, G, T, H = q_BKGTH.shape
-  b, listed = blocks(T), plan.forward
+  b, listed = blocks(T, k_BKSH.shape[2]), plan.forward
   X, entries = G * b.query, listed.query_BX.shape[1]
   q_spec, kv_spec, row_spec = tile_specs(b, G, H, entries)
   start_spec = pl.BlockSpec(
@@ -241,7 +260,7 @@ def forward(scale, interpret, q_BKGTH, k_BKTH, v_BKTH, plan: Plan):
     functools.partial(forward_kernel, b=b, G=G, scale=scale, entries=entries),
     "flash_forward",
     listed,
-    inputs=((q_BKGTH, q_spec), (k_BKTH, kv_spec), (v_BKTH, kv_spec), (start_BTL, start_spec)),
+    inputs=((q_BKGTH, q_spec), (k_BKSH, kv_spec), (v_BKSH, kv_spec), (start_BTL, start_spec)),
     outputs=(
       (q_BKGTH, q_spec),
       (jax.ShapeDtypeStruct((B, K, T // b.query, 1, X), jnp.float32), row_spec),
@@ -270,7 +289,7 @@ def forward_kernel(
     q_XH = q_ref[...].reshape(X, H)
     if masked:
       row_XL = lax.broadcasted_iota(jnp.int32, (X, LANES), 0)
-      t_XL = query_ref[tile] * b.query + lax.rem(row_XL, b.query)
+      t_XL = b.first + query_ref[tile] * b.query + lax.rem(row_XL, b.query)
       start_XL = jnp.tile(start_ref[...], (G, 1))
     for first in range(0, b.key, b.part):
       part = pl.ds(first, b.part)

@@ -1,4 +1,4 @@
-"""Which tiles of the [T, T] square of scores a packed row needs, as lists for a kernel's grid.
+"""Which tiles of the [T, S] rectangle of scores a packed row needs, as lists for a kernel's grid.
 
 A tile is a block of queries by a block of keys. Those above the diagonal or in other segments are
 not in the list: they cost nothing, not even a grid step. The lists depend on the segments alone and

@@ -5,21 +5,21 @@ import jax.numpy as jnp
 
 from qed_kernels.dense import attend
 
-QUERY_CHUNK = 1024  # queries scored at once; bounds the [B, K, G, chunk, T] block of scores
+QUERY_CHUNK = 1024  # queries scored at once; bounds the [B, K, G, chunk, S] block of scores
 
 
-def flash_attention(q_BTNH, k_BTKH, v_BTKH, rows, scale: float):
+def flash_attention(q_BTNH, k_BSKH, v_BSKH, rows, scale: float):
   """As the reference, softmax in float32; the backward pass computes each chunk again: O(T)."""
-  B, T = q_BTNH.shape[:2]
-  k_BKTH, v_BKTH = jnp.swapaxes(k_BTKH, 1, 2), jnp.swapaxes(v_BTKH, 1, 2)
-  key_11T = jnp.arange(T)[None, None]
+  (B, T), S = q_BTNH.shape[:2], k_BSKH.shape[1]
+  k_BKSH, v_BKSH = jnp.swapaxes(k_BSKH, 1, 2), jnp.swapaxes(v_BSKH, 1, 2)
+  key_11S = jnp.arange(S)[None, None]
 
   def block(q_BCNH, start_BC, query_C):
-    visible_BCT = (key_11T >= start_BC[:, :, None]) & (key_11T <= query_C[None, :, None])
-    return attend(q_BCNH, k_BKTH, v_BKTH, visible_BCT, scale)
+    visible_BCS = (key_11S >= start_BC[:, :, None]) & (key_11S <= query_C[None, :, None])
+    return attend(q_BCNH, k_BKSH, v_BKSH, visible_BCS, scale)
 
   if T <= QUERY_CHUNK:
-    return block(q_BTNH, rows.start_BT, jnp.arange(T))
+    return block(q_BTNH, rows.start_BT, jnp.arange(S - T, S))
 
   pad = -T % QUERY_CHUNK
   chunks = (T + pad) // QUERY_CHUNK
@@ -32,7 +32,7 @@ def flash_attention(q_BTNH, k_BTKH, v_BTKH, rows, scale: float):
     x_BTx = jnp.moveaxis(x_nBCx, 0, 1)
     return x_BTx.reshape(B, T + pad, *x_BTx.shape[3:])[:, :T]
 
-  query_nC = jnp.arange(T + pad).reshape(chunks, QUERY_CHUNK)
+  query_nC = jnp.arange(S - T, S + pad).reshape(chunks, QUERY_CHUNK)
   run = jax.checkpoint(lambda chunk: block(*chunk))
   o_nBCNH, lse_nBCN = jax.lax.map(run, (split(q_BTNH), split(rows.start_BT), query_nC))
   return join(o_nBCNH), join(lse_nBCN)
