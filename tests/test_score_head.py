@@ -139,10 +139,14 @@ def test_the_same_bits_each_time():
   assert all((x == y).all() for x, y in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)], ids=str)
+MESHES = [(8, 1, 1, 1), (2, 4, 1, 1), (2, 2, 2, 1), (1, 1, 8, 1), (2, 1, 1, 4), (1, 2, 2, 2)]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("B", [8, 3])
 def test_a_mesh_changes_nothing(mesh, B):
-  """Rows over all devices, vocabulary over some, and rows that do not divide."""
+  """Rows over all devices, vocabulary or tokens over some, and rows that do not divide."""
+  data, fsdp, tensor, sequence = mesh
   arrays = draw((B, 20, 64, 96))
 
   @jax.jit
@@ -151,7 +155,7 @@ def test_a_mesh_changes_nothing(mesh, B):
     out, pull = jax.vjp(score, x_BTD, w_VD)
     return *out, *pull(cotangents)
 
-  with jax.set_mesh(make_mesh(*mesh)):
+  with jax.set_mesh(make_mesh(data, fsdp, tensor, sequence=sequence)):
     found = [np.asarray(x) for x in scores(*arrays)]
   assert_close(found, expected(arrays, 0.8), LIMITS["float32"])
 
