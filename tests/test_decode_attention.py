@@ -146,6 +146,13 @@ def test_nothing_unwritten_is_read_and_nothing_races(monkeypatch):
   assert not interpret_pallas_call.races.races_found
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_key_heads_over_two_cores(dtype, monkeypatch):
+  """As on a v5p: each core has half of the heads of every page."""
+  monkeypatch.setattr(pallas_tpu, "cores", lambda K, stored: 2)
+  check("pallas_tpu", draw(RAGGED, G=4, dtype=dtype), dtype)
+
+
 def test_steps_are_live_pages():
   """Whatever the table could hold: one step for each page with a token in it."""
   table_BP = jnp.arange(600).reshape(3, 200)

@@ -150,7 +150,7 @@ def flash(chip: Chip) -> dict[str, dict]:
 
 
 def decode(chip: Chip) -> dict[str, dict]:
-  """A page of 256 tokens with 8 key heads: a MiB of keys and values."""
+  """A page of 256 tokens with 8 key heads, a MiB of keys and values; of two cores each has half."""
   B, pages = 16, 257
 
   def step(q, k, v, k_LPKSH, v_LPKSH, table_BP, positions_B1):
@@ -160,7 +160,7 @@ def decode(chip: Chip) -> dict[str, dict]:
   pool, ints = of(1, pages, K, PAGE, H), lambda *shape: of(*shape, dtype=jnp.int32)
   new = (of(B, 1, N, H), of(B, 1, K, H), of(B, 1, K, H))
   kernels = compile_for(chip, step, *new, pool, pool, ints(B, 16), ints(B, 1))
-  read = 2 * K * PAGE * H * 2
+  read = 2 * K * PAGE * H * 2 / chip.cores
   row = summary(chip, kernels["paged_decode"], 0, chip.clock * read / chip.hbm)
   return {"paged_decode": row}
 

@@ -1,9 +1,10 @@
 """Paged decode attention on a TPU, the append of the new token fused in (Pallas, Mosaic).
 
-A grid step is one live page of one sequence, with all its key heads: steps are as many as the live
-tokens need, whatever the table could hold. A (page, head) is a contiguous tile, so gathering pages
-is an index map and Pallas' own pipeline does the copies. The softmax runs over K * R rows at once,
-R the query heads of a key head padded to a tile's 8 rows.
+A grid step is one live page of one sequence, with all its key heads (on the two cores of a v5p half
+of them each): steps are as many as the live tokens need, whatever the table could hold. A (page,
+head) is a contiguous tile, so gathering pages is an index map and Pallas' own pipeline does the
+copies. The softmax runs over K * R rows at once, R the query heads of a key head padded to a tile's
+8 rows.
 
 The new token is merged into the tile of rows that holds its place on the sequence's last page, used
 from there, and written through an aliased output that is flushed once a sequence: no scatter.
@@ -77,6 +78,13 @@ def work_list(length_B, table_BP, page: int):
   return *(x.astype(jnp.int32) for x in lists), end_B[-1].astype(jnp.int32)
 
 
+def cores(K: int, stored) -> int:
+  """How many cores of a chip share the key heads: the two of a v5p, where what they get of an array
+  is still whole tiles."""
+  two = choice.device().device_kind == "TPU v5" and K % 2 == 0 and stored != jnp.int8
+  return 2 if two else 1
+
+
 def attention(scale, interpret, q_BKRH, new, cache, layer, length_B):
   """-> o_BKRH and the cache with the new token in it; rows of empty sequences are unwritten."""
   B, K, R, H = q_BKRH.shape
@@ -91,20 +99,25 @@ def attention(scale, interpret, q_BKRH, new, cache, layer, length_B):
     *(x.astype(jnp.int32) for x in (length_B, target_B, tile_B)),
   )  # fmt: skip
 
+  # All blocks have some of the key heads behind what says which page or sequence they are of.
+  def spec(shape, at, zeros):
+    return pl.BlockSpec(shape, lambda h, x, *scalars: (*at(x, *scalars), h, *(0,) * zeros))
+
   def of_page(x, layer, sequence, page, *_):
     return layer[0], page[x]
 
   def of_newest(x, layer, sequence, page, first, flags, length, target, tile):
     return layer[0], target[sequence[x]]
 
-  def of_tile(x, layer, sequence, page, first, flags, length, target, tile):
-    return layer[0], target[sequence[x]], 0, tile[sequence[x]], 0
+  def of_tile(h, x, layer, sequence, page, first, flags, length, target, tile):
+    return layer[0], target[sequence[x]], h, tile[sequence[x]], 0
 
-  spec = lambda shape, at, zeros: pl.BlockSpec(shape, lambda *i: (*at(*i), *(0,) * zeros))  # noqa: E731
+  halves = cores(K, stored)
+  K //= halves
   of_sequence = lambda x, layer, sequence, *_: (sequence[x],)  # noqa: E731
-  q_spec = spec((None, K, R, H), of_sequence, 3)
-  page_spec = spec((None, None, K, page, H), of_page, 3)
-  new_spec = spec((None, K, 1, H), of_sequence, 3)
+  q_spec = spec((None, K, R, H), of_sequence, 2)
+  page_spec = spec((None, None, K, page, H), of_page, 2)
+  new_spec = spec((None, K, 1, H), of_sequence, 2)
   tile_spec = pl.BlockSpec((None, None, K, rows, H), of_tile)
   pages = [cache.k_LPKSH, cache.v_LPKSH]
   # As float32, of which one row is a tile's row; rows of smaller types are parts of one.
@@ -113,9 +126,9 @@ def attention(scale, interpret, q_BKRH, new, cache, layer, length_B):
   if stored == jnp.int8:
     pages += [cache.k_scale_LPKS, cache.v_scale_LPKS]
     newest += [x_B1K[:, 0, :, None] for x_B1K in (new.k_scale_BTK, new.v_scale_BTK)]
-    page_specs += [spec((None, None, K, page), of_page, 2)] * 2
-    new_specs += [spec((None, K, 1), of_sequence, 2)] * 2
-    out_specs += [spec((None, None, K, page), of_newest, 2)] * 2
+    page_specs += [spec((None, None, K, page), of_page, 1)] * 2
+    new_specs += [spec((None, K, 1), of_sequence, 1)] * 2
+    out_specs += [spec((None, None, K, page), of_newest, 1)] * 2
 
   of_rows = lambda: pltpu.VMEM((K * R, LANES), jnp.float32)  # noqa: E731
   abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
@@ -124,14 +137,16 @@ def attention(scale, interpret, q_BKRH, new, cache, layer, length_B):
     name="paged_decode",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars),
-      grid=(count,),
+      grid=(halves, count),
       in_specs=[q_spec, *page_specs, *new_specs],
       out_specs=[q_spec, *out_specs],
       scratch_shapes=[of_rows(), of_rows(), pltpu.VMEM((K * R, H), jnp.float32)],
     ),
     out_shape=[abstract(q_BKRH), *map(abstract, pages)],
     input_output_aliases={len(scalars) + 1 + i: 1 + i for i in range(len(pages))},
-    compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM
+    ),
     interpret=interpret,
   )(*scalars, q_BKRH, *pages, *newest)
   names = ("k_LPKSH", "v_LPKSH", "k_scale_LPKS", "v_scale_LPKS")
@@ -157,7 +172,7 @@ def kernel(
   out_refs = refs[2 * arrays + 1 : 3 * arrays + 1]
   largest_ref, sums_ref, o_sum_ref = refs[3 * arrays + 1 :]
   (k_ref, v_ref), scale_refs = page_refs[:2], page_refs[2:]
-  x = pl.program_id(0)
+  x = pl.program_id(1)
   flags, live = flags_ref[x], length_ref[sequence_ref[x]] - first_ref[x]  # tokens of this page
   (K, R, _), page = q_ref.shape, k_ref.shape[1]
 
