@@ -100,12 +100,20 @@ def test_any_lengths(name, lengths, seed):
   check(name, draw(lengths, seed=seed), make=same_program)
 
 
-def test_several_new_tokens_a_sequence():
-  """The kernel refuses them, XLA serves them."""
-  arguments = draw([3, 300, 0, 131], T=3)
-  check("xla", arguments)
-  with pytest.raises(NotImplementedError, match="3 new tokens"):
-    da.decode_attention(*arguments, implementation="pallas_tpu")
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize(("lengths", "T"), [([3, 300, 0, 131], 3), ([8, 256, 512, 130], 8)])
+@pytest.mark.parametrize("name", ["xla", "pallas_tpu"])
+def test_several_new_tokens_a_sequence(name, lengths, T, dtype):
+  """Also where they begin on one page and end on the next, and where the last ones are padding."""
+  *arguments, positions_BT = draw(lengths, T=T, dtype=dtype)
+  check(name, (*arguments, positions_BT.at[1, T - 1 :].set(-1)), dtype)
+
+
+def test_a_prefill_is_left_to_xla():
+  arguments = draw([300], T=40)
+  for name in ("pallas_tpu", "pallas_gpu"):
+    with pytest.raises(NotImplementedError, match="40 new tokens of 2 heads are over 64 rows"):
+      da.decode_attention(*arguments, implementation=name)
 
 
 @pytest.mark.skipif(

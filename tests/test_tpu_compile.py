@@ -139,14 +139,14 @@ def test_the_4b_head_keeps_its_logits_in_vmem(chip, fsdp, mebibytes):
 
 
 @pytest.mark.parametrize(
-  ("chip", "tensor", "kv_dtype"),
+  ("chip", "tensor", "kv_dtype", "T"),
   [
-    ("v5e:2x4", 8, "bfloat16"), ("v5p:2x2x1", 1, "bfloat16"), ("v6e:1x1", 1, "bfloat16"),
-    ("v5e:2x4", 4, "int8"), ("v6e:1x1", 1, "int8"),
+    ("v5e:2x4", 8, "bfloat16", 1), ("v5p:2x2x1", 1, "bfloat16", 1), ("v6e:1x1", 1, "bfloat16", 1),
+    ("v5e:2x4", 4, "int8", 1), ("v6e:1x1", 1, "int8", 1), ("v5e:2x4", 8, "bfloat16", 4),
   ],
 )  # fmt: skip
-def test_the_4b_decode_step_keeps_its_cache_in_place(chip, tensor, kv_dtype):
-  """36 layers over 64 sequences: the kernel runs, the pages are written where they are, and beside
+def test_the_4b_decode_step_keeps_its_cache_in_place(chip, tensor, kv_dtype, T):
+  """36 layers over 16 sequences: the kernel runs, the pages are written where they are, and beside
   activations and logits nothing is set aside: no slice of the cache, no copy of a weight."""
   on = mesh(chip, tensor)
   config = presets.from_preset("qwen3-4b", dtype="bfloat16", remat="none", attention="auto")
@@ -162,13 +162,13 @@ def test_the_4b_decode_step_keeps_its_cache_in_place(chip, tensor, kv_dtype):
   )
   cache = jax.tree.map(lambda x: abstract(on, x.shape, x.dtype, None, None, "tensor"), pool)
 
-  def step(params, cache, tokens_B1, positions_B1, table_BP):
+  def step(params, cache, tokens_BT, positions_BT, table_BP):
     on_pages = kv_cache.with_table(cache, table_BP)
-    x_B1D, cache = qwen3.extend(config, params, tokens_B1, positions_B1, on_pages)
-    return x_B1D, kv_cache.lay_out(kv_cache.with_table(cache, None))
+    x_BTD, cache = qwen3.extend(config, params, tokens_BT, positions_BT, on_pages)
+    return x_BTD, kv_cache.lay_out(kv_cache.with_table(cache, None))
 
   ints = lambda *size: abstract(on, size, jnp.int32)  # noqa: E731
-  program = compiled(on, step, weights, cache, ints(B, 1), ints(B, 1), ints(B, width), donate=1)
+  program = compiled(on, step, weights, cache, ints(B, T), ints(B, T), ints(B, width), donate=1)
   assert kernels_of(program) == {"paged_decode"}
   memory = program.memory_analysis()
   cache_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool)) // tensor

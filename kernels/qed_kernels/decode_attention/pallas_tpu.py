@@ -21,8 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qed_kernels import choice
+from qed_kernels.decode_attention import xla
 
 FIRST, LAST = 1, 2
+ROWS = 64  # of a key head: what "a few" new tokens are; more are a prefill
 LANES, SUBLANES = 128, 8
 UNSEEN = -1e30
 LOG2E = math.log2(math.e)
@@ -32,28 +34,34 @@ X_X = (((1,), (0,)), ((), ()))
 
 
 def decode_attention(q_BTNH, new, cache, layer, positions_BT, scale: float):
-  """As the reference, for one new token a sequence."""
+  """As the reference. Several new tokens a sequence are written by a scatter before."""
   limits(q_BTNH, cache)
-  B, _, N, H = q_BTNH.shape
+  B, T, N, H = q_BTNH.shape
   K = cache.k_LPKSH.shape[2]
-  G = N // K
-  R = -(-G // SUBLANES) * SUBLANES
-  q_BKRH = jnp.pad(q_BTNH.reshape(B, K, G, H), ((0, 0), (0, 0), (0, R - G), (0, 0)))
-  length_B = jnp.maximum(positions_BT[:, 0] + 1, 0)
-  interpret = not choice.on_tpu()
-  o_BKRH, cache = attention(scale, interpret, q_BKRH, new, cache, layer, length_B)
+  q_BKXH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3).reshape(B, K, -1, H)
+  pad = -q_BKXH.shape[2] % SUBLANES
+  q_BKRH = jnp.pad(q_BKXH, ((0, 0), (0, 0), (0, pad), (0, 0)))
+  length_B = jnp.maximum(jnp.max(positions_BT, axis=1) + 1, 0)
+  rest = (layer, length_B)
+  if T == 1:
+    o_BKRH, cache = attention(scale, not choice.on_tpu(), q_BKRH, new, None, cache, *rest)
+  else:
+    cache = xla.append(new, cache, layer, positions_BT)
+    at_BR = jnp.pad(jnp.tile(positions_BT, (1, N // K)), ((0, 0), (0, pad)), constant_values=-1)
+    o_BKRH, _ = attention(scale, not choice.on_tpu(), q_BKRH, None, at_BR, cache, *rest)
+  o_BKGTH = o_BKRH[:, :, : N // K * T].reshape(B, K, N // K, T, H)
+  o_BTNH = jnp.moveaxis(o_BKGTH, 3, 1).reshape(q_BTNH.shape)
   # The rows of a sequence without tokens were never written.
-  o_BKRH = jnp.where((length_B > 0)[:, None, None, None], o_BKRH, 0)
-  return o_BKRH[:, :, :G].reshape(B, 1, N, H), cache
+  return jnp.where((positions_BT >= 0)[:, :, None, None], o_BTNH, 0), cache
 
 
 def limits(q_BTNH, cache) -> None:
   """Raises NotImplementedError, one line, for what the kernel cannot do."""
   (T, N, H), (K, S), dtype = q_BTNH.shape[1:], cache.k_LPKSH.shape[2:4], cache.k_LPKSH.dtype
-  if T != 1:
-    raise NotImplementedError(f"pallas_tpu: {T} new tokens a sequence, not 1")
   if N % K:
     raise NotImplementedError(f"pallas_tpu: {N} query heads are no multiple of {K} key heads")
+  if T > 1 and T * N // K > ROWS:
+    raise NotImplementedError(f"pallas_tpu: {T} new tokens of {N // K} heads are over {ROWS} rows")
   if S % LANES:
     raise NotImplementedError(f"pallas_tpu: pages of {S} tokens, not a multiple of {LANES}")
   if H % LANES:
@@ -85,8 +93,12 @@ def cores(K: int, stored) -> int:
   return 2 if two else 1
 
 
-def attention(scale, interpret, q_BKRH, new, cache, layer, length_B):
-  """-> o_BKRH and the cache with the new token in it; rows of empty sequences are unwritten."""
+def attention(scale, interpret, q_BKRH, new, at_BR, cache, layer, length_B):
+  """-> o_BKRH and the cache; rows of empty sequences are unwritten.
+
+  Either one new token a sequence, which is written; or at_BR, int32, up to which position each row
+  sees what is in the cache already.
+  """
   B, K, R, H = q_BKRH.shape
   page, stored, table_BP = cache.k_LPKSH.shape[3], cache.k_LPKSH.dtype, cache.table_BP
   rows = 32 // stored.itemsize  # of a native tile: the least that can be written
@@ -119,38 +131,45 @@ def attention(scale, interpret, q_BKRH, new, cache, layer, length_B):
   page_spec = spec((None, None, K, page, H), of_page, 2)
   new_spec = spec((None, K, 1, H), of_sequence, 2)
   tile_spec = pl.BlockSpec((None, None, K, rows, H), of_tile)
-  pages = [cache.k_LPKSH, cache.v_LPKSH]
-  # As float32, of which one row is a tile's row; rows of smaller types are parts of one.
-  newest = [x_B1KH.astype(jnp.float32)[:, 0, :, None] for x_B1KH in (new.k_BTKH, new.v_BTKH)]
-  page_specs, new_specs, out_specs = [page_spec] * 2, [new_spec] * 2, [tile_spec] * 2
+  pages, page_specs = [cache.k_LPKSH, cache.v_LPKSH], [page_spec] * 2
   if stored == jnp.int8:
     pages += [cache.k_scale_LPKS, cache.v_scale_LPKS]
-    newest += [x_B1K[:, 0, :, None] for x_B1K in (new.k_scale_BTK, new.v_scale_BTK)]
     page_specs += [spec((None, None, K, page), of_page, 1)] * 2
-    new_specs += [spec((None, K, 1), of_sequence, 1)] * 2
-    out_specs += [spec((None, None, K, page), of_newest, 1)] * 2
+  if new is None:
+    at_spec = pl.BlockSpec(
+      (None, R, LANES), lambda h, x, *scalars: (*of_sequence(x, *scalars), 0, 0)
+    )
+    others, other_specs, out_specs = [across(at_BR)], [at_spec], []
+  else:
+    # As float32, of which one row is a tile's row; rows of smaller types are parts of one.
+    others = [x_B1KH.astype(jnp.float32)[:, 0, :, None] for x_B1KH in (new.k_BTKH, new.v_BTKH)]
+    other_specs, out_specs = [new_spec] * 2, [tile_spec] * 2
+    if stored == jnp.int8:
+      others += [x_B1K[:, 0, :, None] for x_B1K in (new.k_scale_BTK, new.v_scale_BTK)]
+      other_specs += [spec((None, K, 1), of_sequence, 1)] * 2
+      out_specs += [spec((None, None, K, page), of_newest, 1)] * 2
 
   of_rows = lambda: pltpu.VMEM((K * R, LANES), jnp.float32)  # noqa: E731
   abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
-  o_BKRH, *pages = pl.pallas_call(
-    functools.partial(kernel, scale=scale, rows=rows, arrays=len(pages)),
+  o_BKRH, *written = pl.pallas_call(
+    functools.partial(kernel, scale=scale, rows=rows, arrays=len(pages), append=new is not None),
     name="paged_decode",
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars),
       grid=(halves, count),
-      in_specs=[q_spec, *page_specs, *new_specs],
+      in_specs=[q_spec, *page_specs, *other_specs],
       out_specs=[q_spec, *out_specs],
       scratch_shapes=[of_rows(), of_rows(), pltpu.VMEM((K * R, H), jnp.float32)],
     ),
-    out_shape=[abstract(q_BKRH), *map(abstract, pages)],
-    input_output_aliases={len(scalars) + 1 + i: 1 + i for i in range(len(pages))},
+    out_shape=[abstract(q_BKRH), *map(abstract, pages[: len(out_specs)])],
+    input_output_aliases={len(scalars) + 1 + i: 1 + i for i in range(len(out_specs))},
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM
     ),
     interpret=interpret,
-  )(*scalars, q_BKRH, *pages, *newest)
+  )(*scalars, q_BKRH, *pages, *others)
   names = ("k_LPKSH", "v_LPKSH", "k_scale_LPKS", "v_scale_LPKS")
-  return o_BKRH, dataclasses.replace(cache, **dict(zip(names, pages, strict=False)))
+  return o_BKRH, dataclasses.replace(cache, **dict(zip(names, written, strict=False)))
 
 
 def dot(x, y, dims):
@@ -159,21 +178,31 @@ def dot(x, y, dims):
   return lax.dot_general(x, y, dims, precision=full, preferred_element_type=jnp.float32)
 
 
+def across(x_BR):
+  """[B, R] -> [B, R, LANES], the same in all lanes."""
+  return jnp.broadcast_to(x_BR[..., None], (*x_BR.shape, LANES))
+
+
 def kernel(
   layer_ref, sequence_ref, page_ref, first_ref, flags_ref, length_ref, target_ref, tile_ref,
-  q_ref, *refs, scale: float, rows: int, arrays: int,
+  q_ref, *refs, scale: float, rows: int, arrays: int, append: bool,
 ):  # fmt: skip
   """One page: the new token merged in if it is the last one, scores, softmax so far, P V.
 
-  refs: keys and values of the page, with int8 their scales; the same of the new token; the output;
-  what is written of the page; scratch. arrays: 2, or 4 with scales.
+  refs: keys and values of the page, with int8 their scales; the same of the new token, or without
+  `append` the rows' positions; the output; what is written of the page; scratch. arrays: 2, or 4
+  with scales.
   """
-  page_refs, new_refs, o_ref = refs[:arrays], refs[arrays : 2 * arrays], refs[2 * arrays]
-  out_refs = refs[2 * arrays + 1 : 3 * arrays + 1]
-  largest_ref, sums_ref, o_sum_ref = refs[3 * arrays + 1 :]
+  refs, (largest_ref, sums_ref, o_sum_ref) = refs[:-3], refs[-3:]
+  page_refs, refs = refs[:arrays], refs[arrays:]
+  if append:
+    new_refs, o_ref, out_refs = refs[:arrays], refs[arrays], refs[arrays + 1 :]
+  else:
+    at_ref, o_ref = refs
   (k_ref, v_ref), scale_refs = page_refs[:2], page_refs[2:]
   x = pl.program_id(1)
-  flags, live = flags_ref[x], length_ref[sequence_ref[x]] - first_ref[x]  # tokens of this page
+  first = first_ref[x]
+  flags, live = flags_ref[x], length_ref[sequence_ref[x]] - first  # tokens of this page
   (K, R, _), page = q_ref.shape, k_ref.shape[1]
 
   @pl.when((flags & FIRST) != 0)
@@ -182,8 +211,7 @@ def kernel(
     sums_ref[...] = jnp.zeros_like(sums_ref)
     o_sum_ref[...] = jnp.zeros_like(o_sum_ref)
 
-  @pl.when((flags & LAST) != 0)
-  def _():
+  def merge() -> None:
     newest = live - 1
     at = pl.ds(pl.multiple_of(newest // rows * rows, rows), rows)
     hit_1r1 = lax.broadcasted_iota(jnp.int32, (1, rows, 1), 1) == newest % rows
@@ -198,6 +226,16 @@ def kernel(
       ref[...] = scale_KS
       out_ref[...] = scale_KS
 
+  if append:
+    pl.when((flags & LAST) != 0)(merge)
+
+  def seen(shape):
+    key_XS = lax.broadcasted_iota(jnp.int32, shape, 1)
+    if append:
+      return key_XS < live
+    at_XS = jnp.tile(at_ref[...], (K, page // LANES))
+    return key_XS + first <= at_XS
+
   def body(masked: bool) -> None:
     by_head = []
     for h in range(K):
@@ -205,7 +243,7 @@ def kernel(
       by_head.append(s_RS * scale_refs[0][h : h + 1, :] if scale_refs else s_RS)
     s_XS = jnp.concatenate(by_head) * (scale * LOG2E)
     if masked:
-      s_XS = jnp.where(lax.broadcasted_iota(jnp.int32, s_XS.shape, 1) < live, s_XS, UNSEEN)
+      s_XS = jnp.where(seen(s_XS.shape), s_XS, UNSEEN)
     before_XL = largest_ref[...]  # all lanes alike
     largest_XL = jnp.maximum(before_XL, jnp.max(s_XS, axis=1, keepdims=True))
     p_XS = jnp.exp2(s_XS - jnp.tile(largest_XL, (1, page // LANES)))
@@ -219,8 +257,10 @@ def kernel(
       pv_RH = dot(p_RS.astype(q_ref.dtype), v_ref[h].astype(q_ref.dtype), X_X)
       o_sum_ref[own, :] = o_sum_ref[own, :] * shrink_XL[own, :1] + pv_RH
 
-  pl.when((flags & LAST) == 0)(lambda: body(False))
-  pl.when((flags & LAST) != 0)(lambda: body(True))
+  # Of several new tokens, the earlier ones do not see the later, on this page or the one before.
+  ends_here = (flags & LAST) != 0 if append else live < page + R
+  pl.when(jnp.logical_not(ends_here))(lambda: body(False))
+  pl.when(ends_here)(lambda: body(True))
 
   @pl.when((flags & LAST) != 0)
   def _():
