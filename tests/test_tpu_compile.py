@@ -110,6 +110,17 @@ def test_flash_attention_compiles_for_real_shapes(chip, name):
   assert memory.temp_size_in_bytes + memory.argument_size_in_bytes < HBM[chip] / 2
 
 
+@pytest.mark.parametrize("chip", ONE_CHIP)
+def test_a_row_of_128k_tokens_compiles(chip):
+  """Its list of tiles fits into scalar memory. Forward only: the 16 backward calls have shorter
+  lists, and take two minutes to compile."""
+  on, (T, N, K, H) = mesh(ONE_CHIP[chip]), (131_072, 32, 8, 128)
+  attend = lambda q, k, v, segments: fa.flash_attention(q, k, v, fa.pack(segments, N, K, H))  # noqa: E731
+  of = lambda heads: abstract(on, (1, T, heads, H), jnp.bfloat16)  # noqa: E731
+  program = compiled(on, attend, of(N), of(K), of(K), abstract(on, (1, T), jnp.int32))
+  assert kernels_of(program) == {"flash_forward"}
+
+
 @pytest.mark.parametrize(
   ("chip", "fsdp", "mebibytes"),
   [("v5e:1x1", 1, 1000), ("v5p:2x2x1", 1, 1000), ("v6e:1x1", 1, 1000), ("v5e:2x4", 8, 3000)],
@@ -237,7 +248,7 @@ def test_a_row_of_53k_tokens_trains_on_eight_small_chips():
   params = policy.abstract_params(config, on, "float32")
   row = lambda dtype: abstract(on, (1, T), dtype, None, "sequence")  # noqa: E731
   program = compiled(on, jax.grad(loss), params, Batch(*map(row, ["int32"] * 3 + ["float32"])))
-  assert kernels_of(program) == {"flash_forward", "flash_backward"}
+  assert kernels_of(program) == set(KERNELS) - {"paged_decode"}
   memory = program.memory_analysis()
   # Weights, gradients and the two moments are of one size.
   assert memory.temp_size_in_bytes + 4 * memory.argument_size_in_bytes < HBM["v5e"]
