@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import tpu as pltpu
 from qed_kernels import choice, hopper
 from qed_kernels import flash_attention as fa
-from qed_kernels.flash_attention import pallas_gpu, pallas_tpu, tiles
+from qed_kernels.flash_attention import cudnn, pallas_gpu, pallas_tpu, tiles
 from qed_kernels.flash_attention.shapes import SMALL, Shape
 
 from qed_jax.model import attention, qwen3
@@ -206,6 +206,25 @@ def test_queries_of_the_last_keys(name, T, S):
   assert_close(found, wanted, LIMITS[dtype])
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=cudnn.SEGMENTS + 3))
+def test_segments_as_cudnn_takes_them(lengths):
+  """Lengths and first tokens in order, and whether there is room for all; it runs on a GPU only."""
+  T, M = 9 * (cudnn.SEGMENTS + 3), cudnn.SEGMENTS
+  lengths = [*lengths, T - sum(lengths)] if sum(lengths) < T else lengths
+  first = np.cumsum([0, *lengths[:-1]])
+  start_BT = np.repeat(first, lengths)[None]
+  plan = jax.jit(cudnn.plan, static_argnums=(1, 2, 3))(jnp.asarray(start_BT), T, 1, 64)
+  fits = len(lengths) <= M
+  assert bool(plan.fit_B[0]) == fits
+  if fits:
+    assert plan.length_BM[0].tolist() == [*lengths, *[-1] * (M - len(lengths))]
+    assert plan.offset_Bm[0].tolist() == [*first.tolist(), *[-1] * (M + 1 - len(lengths))]
+  arrays, segments_BT = draw(Shape(1, 32, 2, 1, 64, 2), dtype="bfloat16")
+  with pytest.raises(NotImplementedError, match="cudnn: cpu is no GPU"):
+    run("cudnn", arrays, segments_BT)
+
+
 def lowered_for_hopper(program, *arguments) -> str:
   """The program for an H200, before ptxas."""
   device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
@@ -320,7 +339,7 @@ def test_auto_falls_through_and_says_so_once(monkeypatch, caplog):
 
 def test_an_unknown_implementation_is_one_line():
   with pytest.raises(
-    ValueError, match="'triton': choose auto, reference, xla, pallas_tpu, pallas_gpu"
+    ValueError, match="'triton': choose auto, reference, xla, pallas_tpu, pallas_gpu, cudnn"
   ):
     fa.candidates("triton")
 

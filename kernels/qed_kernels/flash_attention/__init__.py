@@ -5,9 +5,9 @@
 
 Query heads share key heads in groups, N = K * G, without K and V being repeated. The T queries are
 those of the last T of the S keys, all of them or a share of a row that is split by tokens. Several
-implementations compute the same: `reference`, `xla`, `pallas_tpu`, `pallas_gpu`. "auto" takes the
-first that the device and the case allow; what it cannot serve, an implementation refuses with
-NotImplementedError.
+implementations compute the same: `reference`, `xla`, `pallas_tpu`, `pallas_gpu`, `cudnn`. "auto"
+takes the first that the device and the case allow; what it cannot serve, an implementation refuses
+with NotImplementedError.
 """
 
 import dataclasses
@@ -17,15 +17,16 @@ import jax
 import jax.numpy as jnp
 
 from qed_kernels.choice import first_that_serves, known, on_tpu
-from qed_kernels.flash_attention import pallas_gpu, pallas_tpu, reference, xla
+from qed_kernels.flash_attention import cudnn, pallas_gpu, pallas_tpu, reference, xla
 
 IMPLEMENTATIONS = {
   "reference": reference.flash_attention,
   "xla": xla.flash_attention,
   "pallas_tpu": pallas_tpu.flash_attention,
   "pallas_gpu": pallas_gpu.flash_attention,
+  "cudnn": cudnn.flash_attention,
 }
-PLANS = {"pallas_tpu": pallas_tpu.plan, "pallas_gpu": pallas_gpu.plan}
+PLANS = {"pallas_tpu": pallas_tpu.plan, "pallas_gpu": pallas_gpu.plan, "cudnn": cudnn.plan}
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +40,7 @@ class PackedRows:
   """
 
   start_BT: Any
-  plan: pallas_tpu.Plan | pallas_gpu.Plan | None
+  plan: pallas_tpu.Plan | pallas_gpu.Plan | cudnn.Plan | None
 
 
 def pack(
