@@ -1,4 +1,4 @@
-"""tools/bench_engine.py: its mixes."""
+"""tools/bench_engine.py: its mixes, and the batches that its workers make of them."""
 
 import subprocess
 import sys
@@ -33,11 +33,13 @@ def test_mixes_are_what_the_docstring_says(bench):
 
 
 def test_batches_are_formed_in_the_order_of_arrival(bench):
+  from engine_workers import in_batches
+
   requests = bench.make_requests(seed=0, count=16)
-  batches = bench.in_batches(requests["ragged"])
+  batches = in_batches(requests["ragged"])
   assert [len(batch) for batch in batches] == [8, 8]
   assert sum(batches, []) == requests["ragged"]
-  assert [len(batch) for batch in bench.in_batches(requests["shared"])] == [16]
+  assert [len(batch) for batch in in_batches(requests["shared"])] == [16]
 
 
 def test_work_that_cannot_be_cut_into_batches_is_refused():
