@@ -78,8 +78,11 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None, *, sequence: int 
 
 def replica_meshes(mesh: Mesh) -> list[Mesh]:
   """The mesh cut into meshes of its `tensor` axis alone, on which engines run side by side."""
+  # Not made by make_mesh, which orders devices by where they are on a TPU: weights come here device
+  # by device, through `side_by_side`.
   rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
-  return [make_mesh(1, 1, len(row), row.tolist()) for row in rows]
+  automatic = (AxisType.Auto,) * len(AXES)
+  return [Mesh(row[None, None, None], AXES, axis_types=automatic) for row in rows]
 
 
 def side_by_side(mesh: Mesh) -> Mesh:
@@ -158,13 +161,22 @@ def rows_divisor(mesh: Mesh) -> int:
 
 
 def put(mesh: Mesh, tree, letters: str):
-  """Host arrays -> global device arrays laid out by `letters`; each host passes its own rows."""
+  """Host arrays -> global device arrays laid out by `letters`; each host passes its own rows.
+
+  Raises ValueError, one line, where several hosts would have to hold the same row.
+  """
+  hosts, ways = jax.process_count(), rows_divisor(mesh)
 
   def place(x):
     x = np.asarray(x)
-    rows = x.shape[0] * jax.process_count()
-    layout = spec(ACTIVATIONS, letters[: x.ndim], (rows, *x.shape[1:]), mesh)
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, layout), x)
+    shape = (x.shape[0] * hosts, *x.shape[1:])
+    if hosts > 1 and (shape[0] % ways or ways % hosts):
+      raise ValueError(
+        f"{shape[0]} rows of {hosts} hosts do not split over data x fsdp = {ways}, whole rows on "
+        "each host: change config.mesh or config.batch"
+      )
+    layout = NamedSharding(mesh, spec(ACTIVATIONS, letters[: x.ndim], shape, mesh))
+    return jax.make_array_from_process_local_data(layout, x, shape)
 
   return jax.tree.map(place, tree)
 

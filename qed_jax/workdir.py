@@ -35,6 +35,10 @@ def write_run_files(workdir: str | os.PathLike, config: dict) -> None:
     unfinished.replace(workdir / name)
 
 
+# Fields that the program had not yet when an old workdir was made, and what their absence means.
+ADDED = {"mesh.sequence": "1"}
+
+
 def check_same_config(
   workdir: str | os.PathLike, config: dict, ignore: tuple[str, ...] = ()
 ) -> None:
@@ -50,6 +54,7 @@ def check_same_config(
   except ValueError as error:
     raise ValueError(f"{path} is not JSON ({error}); use another workdir") from error
   ours = _fields(json.loads(json.dumps(config)))
+  theirs = {name: value for name, value in ADDED.items() if name in ours} | theirs
   differ = []
   for name in sorted(theirs.keys() | ours.keys()):
     if any(name == field or name.startswith(f"{field}.") for field in ignore):

@@ -155,6 +155,7 @@ def test_the_way_with_fewer_bytes_is_taken():
     assert attention.way(sizes(4, num_heads=64), 164) == "heads"  # a share has no halves
 
 
+@pytest.mark.slow
 def test_a_chip_holds_less_and_no_collective_moves_the_residual_stream(monkeypatch):
   """Scratch memory of a device falls with `sequence`, for either way; what is exchanged is smaller
   than the [T, D] of a row."""

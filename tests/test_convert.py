@@ -296,6 +296,7 @@ print(json.dumps({"extra": highest - start - owned, "owned": owned, "largest": l
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_the_parameters_and_a_few_blocks(tmp_path):
   """Over what the process owns, less than 1.5 tensors; the largest is 128 MiB of 340."""
 

@@ -171,6 +171,7 @@ def test_other_shapes_give_the_same_tokens(tiny, expected, changes):
   assert_nothing_is_left(engine)
 
 
+@pytest.mark.slow
 def test_other_shapes_are_exact_in_float64(tiny, monkeypatch):
   """There a near-tie would have to be one of 1e-16: the same tokens, without exception."""
   update = jax.lax.dynamic_update_index_in_dim  # x64 makes a buffer float64 that float32 goes into

@@ -93,6 +93,7 @@ def test_over_the_limit_torchs_own_rounding_is_named(tool, capsys, tmp_path):
   assert 2e-4 < float(ours) < 4 * float(torchs)
 
 
+@pytest.mark.slow
 def test_a_wrong_theta_fails(tool, capsys, monkeypatch, tmp_path):
   """The tool can fail: our side reads another theta than torch's."""
   folder = hf_folders.make(tmp_path / "m", theta=1e6)
@@ -160,6 +161,7 @@ def test_configs_of_other_times_read_alike(tmp_path, change):
   assert before.rope_theta == 777.25 and before.num_kv_heads == 4 and before.head_dim == 24
 
 
+@pytest.mark.slow
 def test_an_old_config_without_kv_heads_passes_the_tool(tool, capsys, tmp_path):
   """1:1 heads, flat theta, no num_key_value_heads: torch gets the number that the weights show."""
   folder = hf_folders.make(tmp_path / "m", theta=777.25, num_key_value_heads=4, head_dim=24)

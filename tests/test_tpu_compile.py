@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from qed_kernels import flash_attention as fa
 from qed_kernels.flash_attention.shapes import REAL
 
+from qed_jax import sharding
 from qed_jax.model import head, kv_cache, presets, qwen3
 from qed_jax.records import Batch
 from qed_jax.rollout import policy, sampler, sampling
@@ -128,7 +129,7 @@ def test_a_row_of_128k_tokens_compiles(chip):
 def test_the_4b_head_keeps_its_logits_in_vmem(chip, fsdp, mebibytes):
   """Scores of 32k tokens a chip, forward and backward: what is set aside is the head in bfloat16,
   on a mesh also its gradient before it is split; the logits alone would be 19,000 MiB."""
-  on = Mesh(np.array(devices(chip)[:fsdp]).reshape(1, fsdp, 1), AXES)
+  on = Mesh(np.array(devices(chip)[:fsdp]).reshape(1, fsdp, 1, 1), AXES)
   T, D, V = 32768, 2560, 151936
 
   def both(x_BTD, w_VD, target_BT, *cotangents):
@@ -187,6 +188,15 @@ def test_the_4b_decode_step_keeps_its_cache_in_place(chip, tensor, kv_dtype, T):
   assert memory.temp_size_in_bytes < 24 << 20
 
 
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5e:4x4", "v6e:2x4", "v5p:2x2x1"])
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_replicas_have_devices_in_the_order_of_their_weights(topology, tensor):
+  """jax orders a mesh's devices by where they are on a TPU; weights arrive device by device."""
+  training = sharding.make_mesh(1, -1, tensor, list(devices(topology)))
+  rows = sharding.side_by_side(training).devices.reshape(-1, tensor).tolist()
+  assert [m.devices.ravel().tolist() for m in sharding.replica_meshes(training)] == rows
+
+
 def layout(dims: str):
   """Heads, hidden units and vocabulary over `tensor`, as the sampler has them."""
   return ["tensor" if letter in "NKFV" else None for letter in dims]
@@ -237,7 +247,7 @@ def test_a_chunk_of_sampling_compiles(tensor):
 
 def test_a_row_of_53k_tokens_trains_on_eight_small_chips():
   """Qwen3-4B on v5e chips of 16 GB: gradients with their tokens over all eight, and AdamW beside
-  them, fit; with a row a chip the scratch space alone does not."""
+  them, fit."""
   T, chips = 53_248, 8
   on = Mesh(np.array(devices("v5e:2x4")).reshape(1, 1, chips, 1), AXES)
   config = presets.from_preset("qwen3-4b", dtype="bfloat16", remat="layer", attention="auto")

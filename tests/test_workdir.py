@@ -92,3 +92,13 @@ def test_git_commit(tmp_path, monkeypatch):
   assert workdir._git_commit() == done.stdout.strip()
   (tmp_path / "workdir.py").write_text("x = 2\n")
   assert workdir._git_commit() == done.stdout.strip() + "+"
+
+
+def test_a_workdir_of_before_a_field_resumes(tmp_path):
+  """What its absence meant is what the field now says, and nothing else is."""
+  config = {"mesh": {"data": 1, "sequence": 1, "tensor": 2}}
+  (tmp_path / "config.json").write_text(json.dumps({"mesh": {"data": 1, "tensor": 2}}))
+  workdir.check_same_config(tmp_path, config)
+  config["mesh"]["sequence"] = 2
+  with pytest.raises(ValueError, match="mesh.sequence: 1 there, 2 here"):
+    workdir.check_same_config(tmp_path, config)

@@ -23,6 +23,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 from qed_kernels import decode_attention as da  # noqa: E402
 from qed_kernels import flash_attention as fa  # noqa: E402
+from qed_kernels import hopper  # noqa: E402
 from qed_kernels.flash_attention.shapes import Shape  # noqa: E402
 
 LIMITS = {"o": 5e-3, "lse": 5e-3, "dq": 1e-2, "dk": 1e-2, "dv": 1e-2}
@@ -126,8 +127,8 @@ def torch_speed() -> dict:
   import torch
   from torch.nn.functional import scaled_dot_product_attention
 
-  if not torch.cuda.is_available():
-    return {"torch": "sees no GPU"}
+  if not torch.cuda.is_available() or torch.__version__ < "2.5":
+    return {"torch": f"{torch.__version__} sees no GPU, or is older than 2.5"}
   found = {}
   for case, shape in DENSE.items():
     q, k, v = (
@@ -148,8 +149,8 @@ def torch_speed() -> dict:
   return found
 
 
-def decode_inputs(B: int, length: int, dtype: str, page: int = 256):
-  """A cache of one layer with B sequences of `length` tokens, the newest of them to be written."""
+def decode_inputs(B: int, length: int, dtype: str, T: int = 1, page: int = 256):
+  """A cache of one layer with B sequences of `length` tokens, the newest T to be written."""
   K, N, H = 8, 32, 128
   keys, pages = jax.random.split(jax.random.key(0), 5), B * length // page
   if dtype == "int8":
@@ -163,9 +164,9 @@ def decode_inputs(B: int, length: int, dtype: str, page: int = 256):
     *(scales(1, pages, K, page) for _ in range(2)),
     jax.random.permutation(keys[2], pages).reshape(B, -1).astype(jnp.int32),
   )
-  new = da.Tokens(*(numbers(keys[i], B, 1, K, H) for i in (3, 4)), scales(B, 1, K), scales(B, 1, K))
-  q = jax.random.normal(keys[2], (B, 1, N, H), jnp.bfloat16)
-  return q, new, cache, jnp.full((B, 1), length - 1, jnp.int32)
+  new = da.Tokens(*(numbers(keys[i], B, T, K, H) for i in (3, 4)), scales(B, T, K), scales(B, T, K))
+  q = jax.random.normal(keys[2], (B, T, N, H), jnp.bfloat16)
+  return q, new, cache, jnp.full((B, T), length - T, jnp.int32) + jnp.arange(T)
 
 
 def decode() -> dict:
@@ -174,13 +175,16 @@ def decode() -> dict:
   run = lambda name, q, new, cache, at: da.decode_attention(  # noqa: E731
     q, new, cache, 0, at, implementation=name
   )
-  for dtype in ("bfloat16", "int8"):
-    q, new, cache, at = decode_inputs(4, 4096, dtype)
-    ours = jax.jit(functools.partial(run, "pallas_gpu"))(q, new, cache, at)[0]
+  for dtype, T in itertools.product(("bfloat16", "int8"), (1, 3)):
+    q, new, cache, at = decode_inputs(4, 4096, dtype, T)
+    # A whole sequence, a part of one, one that has only just begun, and a free slot.
+    lengths_B1 = jnp.array([[4096], [500], [T], [0]])
+    at = jnp.where(lengths_B1 > 0, lengths_B1 - T + jnp.arange(T), -1).astype(jnp.int32)
+    ours = jax.jit(functools.partial(run, "pallas_gpu"))(q, new, cache, at)[0][:3]
     with jax.default_matmul_precision("highest"):
-      theirs = jax.jit(functools.partial(run, "xla"))(q.astype(jnp.float32), new, cache, at)[0]
+      theirs = jax.jit(functools.partial(run, "xla"))(q.astype(jnp.float32), new, cache, at)[0][:3]
     error = jnp.linalg.norm((ours.astype(jnp.float32) - theirs).ravel())
-    found[f"decode {dtype} error of o"] = float(error / jnp.linalg.norm(theirs.ravel()))
+    found[f"decode {dtype} {T} new error of o"] = float(error / jnp.linalg.norm(theirs.ravel()))
   x = jnp.ones((2**30,), jnp.bfloat16)
   bandwidth = 2 * x.nbytes / seconds(jax.jit(lambda x: x + 1), x)
   del x
@@ -210,9 +214,12 @@ def decode() -> dict:
 
 def main() -> int:
   device = jax.devices()[0]
-  if device.platform != "gpu":
-    print(f"error: the default device is {device.platform}: this needs a Hopper GPU",
-          file=sys.stderr)  # fmt: skip
+  try:
+    if device.platform != "gpu":
+      raise NotImplementedError(f"the default device is {device.platform}")
+    hopper.interpreter("pallas_gpu")
+  except NotImplementedError as error:
+    print(f"error: this needs a Hopper GPU: {error}", file=sys.stderr)
     return 2
   found, failed = {"device": device.device_kind, "jax": jax.__version__}, []
   for part in (flash_errors, decode, flash_speed, torch_speed):

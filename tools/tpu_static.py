@@ -3,8 +3,8 @@
 libtpu writes the final bundles of every program it compiles; a TensorCore issues one a cycle. Of
 the parts of a kernel's loop the two largest are its bodies: that of a tile seen whole, and that of
 one with a mask. A step takes at least as many cycles as it has bundles, and as its products keep
-the matrix units busy. On real chips kernels took 1.03 to 1.20 times as long as counted so (recorded
-times of other kernels; measure / static, shared with this project's notes on kernels). The scoring
+the matrix units busy. On real chips kernels took 1.03 to 1.20 times as long as counted so (splash
+attention's recorded times on v5p and v6e against its bundles). The scoring
 head is also counted as plain XLA, in the cycles that XLA estimates for its loops.
 
   make aot && .venv/bin/python tools/tpu_static.py

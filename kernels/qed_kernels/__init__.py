@@ -5,8 +5,9 @@
   score_head/         log-probabilities and entropies from hidden states, forward and backward
 
 Each holds reference.py (plain jax.numpy: what the others are tested against), xla.py (for every
-device, and the fallback) and pallas_tpu.py; its __init__ is the public function, which picks one.
-In qed_jax, model/attention.py and model/head.py are the only callers.
+device, and the fallback) and pallas_tpu.py; those of attention also pallas_gpu.py, which share
+hopper.py. The public function, in __init__, picks one. In qed_jax, model/attention.py and
+model/head.py are the only callers.
 
 The folder above has no __init__.py, on purpose. transformers asks whether a module `kernels` can be
 imported and, if so, takes it for the package of that name. A folder without __init__.py loses to

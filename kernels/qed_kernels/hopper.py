@@ -28,13 +28,13 @@ LOAD_TAKES_INDEX = "idx" in inspect.signature(mg.load).parameters  # until jax 0
 
 
 def interpreter(name: str):
-  """None on a Hopper GPU, for which kernels are compiled; off GPUs, jax's interpreter of them.
+  """None on a Hopper GPU, for which kernels are compiled; on a CPU, jax's interpreter of them.
 
   Raises NotImplementedError, one line, where neither is to be had.
   """
   device = choice.device()
-  if choice.on_gpu():
-    if any(chip in device.device_kind for chip in ("H100", "H200", "H800", "H20")):
+  if device.platform != "cpu":
+    if choice.on_gpu() and any(chip in device.device_kind for chip in ("H100", "H800", "H20")):
       return None
     raise NotImplementedError(f"{name}: {device.device_kind} is not a Hopper GPU")
   if hasattr(mg, "InterpretGPUParams"):
@@ -42,9 +42,11 @@ def interpreter(name: str):
   raise NotImplementedError(f"{name}: jax {jax.__version__} interprets no such kernel, 0.11 does")
 
 
-def operand(*shape, dtype=jnp.bfloat16):
+def operand(*shape):
   """Shared memory that wgmma reads: tiles of 8 x 64, their rows swizzled over 128 bytes."""
-  return mg.SMEM(shape, dtype, transforms=(mg.TilingTransform((8, 64)), mg.SwizzleTransform(128)))
+  return mg.SMEM(
+    shape, jnp.bfloat16, transforms=(mg.TilingTransform((8, 64)), mg.SwizzleTransform(128))
+  )
 
 
 def barriers(number: int, arrivals: int = 1):

@@ -81,11 +81,15 @@ def way(config, T: int) -> str:
   """
   shares = sharding.token_shares(T)
   if shares == 1:
+    if sharding.several_devices() and jax.sharding.get_abstract_mesh().shape["sequence"] > 1:
+      say(f"attention: mesh.sequence does not divide rows of {T} tokens: every device has all")
     return "whole"
   tensor = jax.sharding.get_abstract_mesh().shape["tensor"]
   N, K = config.num_heads // tensor, config.num_kv_heads // tensor
   possible = {"heads": K % shares == 0, "tokens": T % (2 * shares) == 0}
   if config.num_kv_heads % tensor or not any(possible.values()):
+    heads = config.num_kv_heads
+    say(f"attention: rows of {T} tokens with {heads} key heads do not split over this mesh")
     return "whole"
   of_head = T // shares * config.head_dim * jnp.dtype(config.dtype).itemsize
   received = context_parallel.bytes_received(N * of_head, K * of_head, shares)

@@ -2,8 +2,8 @@
 
 Tokens do not need one another here. Where those of a batch are spread over all devices of a mesh,
 each scores its own with the whole head, inside shard_map, and the head's gradient is added up over
-devices once. On other meshes (`tensor` splits the vocabulary) XLA partitions the plain
-implementation.
+devices once, in the type of the products as those of all weights are. On other meshes (`tensor`
+splits the vocabulary) XLA partitions the plain implementation.
 """
 
 import functools

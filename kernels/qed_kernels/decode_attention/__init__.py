@@ -62,7 +62,8 @@ def decode_attention(
   """Writes T new tokens of every sequence and attends from each to s <= its position.
 
   positions_BT: int32; a negative one is padding, written nowhere, whose output means nothing. Those
-  of a sequence are consecutive. Returns o_BTNH in q's dtype, and the cache, which is to be donated.
+  of a sequence are consecutive, and within the table. Returns o_BTNH in q's dtype, and the cache,
+  which is to be donated.
   scale: of the scores, 1 / sqrt(H) unless given.
   """
   scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale

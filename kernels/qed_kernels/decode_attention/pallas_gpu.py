@@ -26,7 +26,7 @@ from qed_kernels.hopper import COLUMN, LOWEST, MATRIX, ROW, ROWS, UNSEEN
 
 KEYS = 64  # of a step
 STEPS = 32  # of a block of threads, at most: 2,048 tokens
-SLOTS = {2: 2, 1: 4}  # of a ring, by bytes of a stored number: as many bytes under way
+SLOTS = 4  # of a ring; registers allow one block of threads a multiprocessor, so it must be long
 LOG2E = math.log2(math.e)
 
 
@@ -72,12 +72,12 @@ def attention(scale, interpret, q_BKRH, at_BR, cache, layer, rows: int):
   position mean nothing."""
   (B, K, R, H), S, P = q_BKRH.shape, cache.k_LPKSH.shape[3], cache.table_BP.shape[1]
   kept = -(-rows // 8) * 8  # of a tile of shared memory: what is written for each part
-  int8, slots = cache.k_LPKSH.dtype == jnp.int8, SLOTS[cache.k_LPKSH.dtype.itemsize]
+  int8 = cache.k_LPKSH.dtype == jnp.int8
   parts = pl.cdiv(P * S, STEPS * KEYS)
-  length_B = jnp.max(at_BR, axis=1) + 1
+  length_B = jnp.minimum(jnp.max(at_BR, axis=1) + 1, P * S)
   tile = hopper.operand(KEYS, H)
-  ring = mg.SMEM((slots, KEYS, H), jnp.int8) if int8 else hopper.operand(slots, KEYS, H)
-  scale_ring = mg.SMEM((slots, KEYS), jnp.float32)
+  ring = mg.SMEM((SLOTS, KEYS, H), jnp.int8) if int8 else hopper.operand(SLOTS, KEYS, H)
+  scale_ring = mg.SMEM((SLOTS, KEYS), jnp.float32)
   pages = [cache.k_LPKSH, cache.v_LPKSH]
   scratch = [hopper.operand(R, H), mg.SMEM((R,), jnp.float32)]
   if int8:
@@ -85,7 +85,7 @@ def attention(scale, interpret, q_BKRH, at_BR, cache, layer, rows: int):
     rings = [ring, ring, scale_ring, scale_ring, tile, tile]
   else:
     rings = [ring, ring]
-  full = hopper.barriers(slots, 2 if int8 else 1)
+  full = hopper.barriers(SLOTS, 2 if int8 else 1)
   kernel = functools.partial(
     decode_kernel, arrays=len(pages), scale=scale * LOG2E, interpret=interpret
   )
@@ -101,7 +101,7 @@ def attention(scale, interpret, q_BKRH, at_BR, cache, layer, rows: int):
     scratch=[
       *scratch,
       *rings,
-      *(hopper.barriers(1), full, full, hopper.barriers(slots), hopper.barriers(slots)),
+      *(hopper.barriers(1), full, full, hopper.barriers(SLOTS), hopper.barriers(SLOTS)),
     ],
     warpgroups=2,
   )(
@@ -130,7 +130,7 @@ def decode_kernel(
   q_full, k_full, v_full, k_free, v_free = refs[-5:]
   head, part, sequence = (lax.axis_index(name) for name in ("head", "part", "sequence"))
   warpgroup, length = lax.axis_index("warpgroup"), length_ref[sequence]
-  first, slots = part * STEPS, rings[0].shape[0]
+  first = part * STEPS
   last = lax.min(first + STEPS, pl.cdiv(length, KEYS))
 
   def widened(number, slot):
@@ -151,7 +151,7 @@ def decode_kernel(
 
     def step(i, carry):
       o_RH, largest_R, sum_R = carry
-      slot = lax.rem(i - first, slots)
+      slot = lax.rem(i - first, SLOTS)
       mg.barrier_wait(k_full.at[slot])
       k_tile, k_scale_K = widened(0, slot)
       s_RK = hopper.product(q_tile, hopper.transposed(k_tile))
@@ -206,4 +206,4 @@ def decode_kernel(
       (functools.partial(copies, 0), k_full, k_free),
       (functools.partial(copies, 1), v_full, v_free),
     ]
-    hopper.produce(first, last, slots, streams)
+    hopper.produce(first, last, SLOTS, streams)

@@ -41,7 +41,8 @@ def decode_attention(q_BTNH, new, cache, layer, positions_BT, scale: float):
   q_BKXH = jnp.moveaxis(q_BTNH.reshape(B, T, K, N // K, H), 1, 3).reshape(B, K, -1, H)
   pad = -q_BKXH.shape[2] % SUBLANES
   q_BKRH = jnp.pad(q_BKXH, ((0, 0), (0, 0), (0, pad), (0, 0)))
-  length_B = jnp.maximum(jnp.max(positions_BT, axis=1) + 1, 0)
+  room = cache.table_BP.shape[1] * cache.k_LPKSH.shape[3]
+  length_B = jnp.clip(jnp.max(positions_BT, axis=1) + 1, 0, room)
   rest = (layer, length_B)
   if T == 1:
     o_BKRH, cache = attention(scale, not choice.on_tpu(), q_BKRH, new, None, cache, *rest)
