@@ -68,7 +68,10 @@ CHIPS = {
 N, K, H, T = 32, 8, 128, 4096
 PAGE = 256
 WIDTH, VOCABULARY = 2560, 151936
-KERNELS = ("flash_forward", "flash_backward", "paged_decode", "score_forward", "score_backward")
+KERNELS = (
+  *("flash_forward", "flash_backward", "paged_decode", "score_forward", "score_backward"),
+  *("splash_mha_fwd", "splash_mha_dkv"),
+)
 # An instruction: address, a letter pair where a block starts, a > for each loop around it, slots.
 BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(LB|LH|LE|PB|PF|CT)?\s*:\s*((?:>\s*)*)\{(.*)$")
 
@@ -110,15 +113,30 @@ def executable(chip: Chip, program, *arguments):
     return jax.jit(program).lower(*jax.tree.map(place, arguments)).compile()
 
 
-def compile_for(chip: Chip, program, *arguments) -> dict[str, list[Region]]:
-  """Compiles for one chip -> the regions of each Pallas kernel in it."""
+@dataclasses.dataclass
+class Kernel:
+  """A Pallas kernel in a compiled program: its machine code, and the bytes of VMEM that it uses
+  where the program says so."""
+
+  regions: list[Region]
+  vmem: int | None
+
+
+def compile_for(chip: Chip, program, *arguments) -> dict[str, Kernel]:
+  """Compiles for one chip -> the Pallas kernels in it."""
   before = set(DUMP.glob("*-final_bundles.txt"))
-  executable(chip, program, *arguments)
-  kernels: dict[str, list[Region]] = {}
+  calls = [
+    line
+    for line in executable(chip, program, *arguments).as_text().splitlines()
+    if 'custom_call_target="tpu_custom_call"' in line
+  ]
+  kernels = {}
   for path in set(DUMP.glob("*-final_bundles.txt")) - before:
     for name in KERNELS:
       if name in path.name and "schedule-analysis" not in path.name and "-TLP-" not in path.name:
-        kernels[name] = regions(path.read_text(errors="replace"))
+        own = next(line for line in calls if name in line.partition("=")[0])
+        vmem = re.search(r'used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', own)
+        kernels[name] = Kernel(regions(path.read_text(errors="replace")), vmem and int(vmem[1]))
   return kernels
 
 
@@ -146,6 +164,36 @@ def flash(chip: Chip) -> dict[str, dict]:
     # A product of depth 128 fills half of a unit that is 256 wide.
     per_cycle = 2 * chip.units * chip.width * min(chip.width, H)
     rows[name] = summary(chip, kernels[name], flops, flops / per_cycle)
+  return rows
+
+
+def splash(chip: Chip) -> dict[str, dict]:
+  """jax's own kernels beside ours: a tile of one head, 1,024 queries by 1,024 keys."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  tile, part = 1024, 512
+  attend = kernels.make_splash_mha(
+    masks.MultiHeadMask([masks.CausalMask((T, T))] * N),
+    head_shards=1,
+    q_seq_shards=1,
+    block_sizes=kernels.BlockSizes(
+      block_q=tile, block_kv=tile, block_kv_compute=part, block_q_dkv=tile, block_kv_dkv=tile,
+      block_kv_dkv_compute=part, use_fused_bwd_kernel=True,
+    ),
+  )  # fmt: skip
+
+  def both(q, k, v, segments_BT, do):
+    segments = kernels.SegmentIds(segments_BT, segments_BT)
+    o, pull = jax.vjp(lambda *qkv: jax.vmap(attend)(*qkv, segments), q, k, v)
+    return o, pull(do)
+
+  q, kv, segments_BT = of(1, N, T, H), of(1, K, T, H), of(1, T, dtype=jnp.int32)
+  found, rows = compile_for(chip, both, q, kv, kv, segments_BT, q), {}
+  for name, products in (("splash_mha_fwd", 2), ("splash_mha_dkv", 5)):
+    flops = 2 * products * tile * tile * H
+    per_cycle = 2 * chip.units * chip.width * min(chip.width, H)
+    rows[name] = summary(chip, found[name], flops, flops / per_cycle)
   return rows
 
 
@@ -212,16 +260,18 @@ def score_xla(chip: Chip) -> dict[str, dict]:
   return rows
 
 
-def summary(chip: Chip, found: list[Region], flops: float, bound: float) -> dict:
+def summary(chip: Chip, kernel: Kernel, flops: float, bound: float) -> dict:
   """The two bodies of the loop, and cycles that the hardware needs whatever the code is."""
-  bodies = sorted((r for r in found if r.products), key=lambda r: -r.bundles)[:2]
+  bodies = sorted((r for r in kernel.regions if r.products), key=lambda r: -r.bundles)[:2]
   masked, whole = bodies[0].bundles, bodies[-1].bundles
   row = {
     "whole": whole,
     "masked": masked,
     "bound_cycles": round(bound),
-    "spills": sum(region.spills for region in found),
+    "spills": sum(region.spills for region in kernel.regions),
   }
+  if kernel.vmem is not None:
+    row["vmem_mib"] = round(kernel.vmem / 2**20, 1)
   if flops:
     row["tflops"] = round(flops / max(whole, bound) * chip.clock / 1e12, 1)
   return row
@@ -229,6 +279,7 @@ def summary(chip: Chip, found: list[Region], flops: float, bound: float) -> dict
 
 PROGRAMS = {
   "flash": flash,
+  "splash": splash,
   "paged_decode": decode,
   "score_head": score_head,
   "score_xla": score_xla,
@@ -243,19 +294,17 @@ def main() -> int:
   parser.add_argument("--kernels", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
   args = parser.parse_args()
   result = {}
-  head = ("chip", "kernel", "whole", "masked", "bound", "spills", "TF/s")
-  print("{:<6}{:<20}{:>10}{:>8}{:>10}{:>8}{:>8}".format(*head))
+  columns = ("whole", "masked", "bound_cycles", "spills", "vmem_mib", "tflops")
+  titles = ("whole", "masked", "bound", "spills", "VMEM MiB", "TF/s")
+  print(f"{'chip':<6}{'kernel':<20}" + "".join(f"{title:>11}" for title in titles))
   number = lambda row, key: f"{row[key]:,}" if key in row else "-"  # noqa: E731
   for name in args.chips:
     result[name] = {}
     for program in args.kernels:
       for kernel, row in PROGRAMS[program](CHIPS[name]).items():
         result[name][kernel] = row
-        print(
-          f"{name:<6}{kernel:<20}{number(row, 'whole'):>10}{number(row, 'masked'):>8}"
-          f"{number(row, 'bound_cycles'):>10}{number(row, 'spills'):>8}{number(row, 'tflops'):>8}",
-          flush=True,
-        )
+        values = "".join(f"{number(row, column):>11}" for column in columns)
+        print(f"{name:<6}{kernel:<20}{values}", flush=True)
   print(json.dumps({"cycles": result, "jax": jax.__version__}))
   return 0
 
