@@ -7,6 +7,7 @@ jax's cuDNN and, where torch is installed, its scaled_dot_product_attention; dec
 share of the bandwidth of a copy measured here. Exit code 1 when an error is over its limit.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -24,13 +25,14 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 from qed_kernels import decode_attention as da  # noqa: E402
 from qed_kernels import flash_attention as fa  # noqa: E402
 from qed_kernels import hopper  # noqa: E402
+from qed_kernels.decode_attention import shapes as decode_shapes  # noqa: E402
 from qed_kernels.flash_attention.shapes import Shape  # noqa: E402
 
 LIMITS = {"o": 5e-3, "lse": 5e-3, "dq": 1e-2, "dk": 1e-2, "dv": 1e-2}
 EXACT = {"packed": Shape(1, 2048, 32, 8, 128, 5), "small heads": Shape(2, 1111, 8, 2, 64, 3)}
 DENSE = {f"dense {T // 1024}k": Shape(1, T, 32, 8, 128, 1) for T in (4096, 16_384, 49_152)}
 TIMED = DENSE | {"packed 16k": Shape(1, 16_384, 32, 8, 128, 8)}
-DECODED = [(64, 4096), (16, 32_768)]  # sequences, tokens of each
+DECODED = {name: decode_shapes.REAL[name] for name in ("64 x 4k", "16 x 32k")}
 
 
 def seconds(function, *arguments, calls: int = 10) -> float:
@@ -149,9 +151,9 @@ def torch_speed() -> dict:
   return found
 
 
-def decode_inputs(B: int, length: int, dtype: str, T: int = 1, page: int = 256):
-  """A cache of one layer with B sequences of `length` tokens, the newest T to be written."""
-  K, N, H = 8, 32, 128
+def decode_inputs(shape: decode_shapes.Shape, dtype: str, T: int = 1):
+  """A cache of one layer, the newest T tokens of each sequence to be written."""
+  B, length, N, K, H, page = dataclasses.astuple(shape)
   keys, pages = jax.random.split(jax.random.key(0), 5), B * length // page
   if dtype == "int8":
     numbers = lambda key, *shape: jax.random.randint(key, shape, -127, 128, jnp.int8)  # noqa: E731
@@ -176,7 +178,7 @@ def decode() -> dict:
     q, new, cache, 0, at, implementation=name
   )
   for dtype, T in itertools.product(("bfloat16", "int8"), (1, 3)):
-    q, new, cache, at = decode_inputs(4, 4096, dtype, T)
+    q, new, cache, at = decode_inputs(decode_shapes.Shape(4, 4096), dtype, T)
     # A whole sequence, a part of one, one that has only just begun, and a free slot.
     lengths_B1 = jnp.array([[4096], [500], [T], [0]])
     at = jnp.where(lengths_B1 > 0, lengths_B1 - T + jnp.arange(T), -1).astype(jnp.int32)
@@ -189,10 +191,10 @@ def decode() -> dict:
   bandwidth = 2 * x.nbytes / seconds(jax.jit(lambda x: x + 1), x)
   del x
   found["copy TB/s"] = bandwidth / 1e12
-  for B, length in DECODED:
+  for case, shape in DECODED.items():
     took = {}
     for dtype in ("bfloat16", "int8"):
-      q, new, cache, at = decode_inputs(B, length, dtype)
+      q, new, cache, at = decode_inputs(shape, dtype)
       step = jax.jit(functools.partial(run, "pallas_gpu"), donate_argnums=2)
       _, cache = step(q, new, cache, at)
       jax.block_until_ready(cache)
@@ -206,9 +208,9 @@ def decode() -> dict:
       took[dtype] = float(np.median(times))
       read = sum(x.nbytes for x in jax.tree.leaves(cache)) - cache.table_BP.nbytes
       share = read / took[dtype] / bandwidth
-      found[f"decode {B} x {length} {dtype} share of copy bandwidth"] = share
+      found[f"decode {case} {dtype} share of copy bandwidth"] = share
       del cache
-    found[f"decode {B} x {length} int8 against bf16"] = took["bfloat16"] / took["int8"]
+    found[f"decode {case} int8 against bf16"] = took["bfloat16"] / took["int8"]
   return found
 
 

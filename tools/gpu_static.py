@@ -10,6 +10,7 @@ Prints a table; the last line is JSON. Exit code 1 when a kernel for which regis
 (forward, dQ, decode) spills.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -32,6 +33,7 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from qed_kernels import decode_attention as da  # noqa: E402
 from qed_kernels import flash_attention as fa  # noqa: E402
+from qed_kernels.decode_attention.shapes import REAL  # noqa: E402
 
 # XLA's GpuTargetConfigProto of an H200 SXM.
 H200 = """
@@ -90,16 +92,17 @@ def cudnn(mesh: Mesh):
 
 def decode(mesh: Mesh, dtype: str):
   """A layer's decode attention, 16 sequences of up to 49,152 tokens, in place."""
-  B, L, P, K, S, H, pages = 16, 36, 2048, 8, 256, 128, 192
+  B, length, N, K, H, S = dataclasses.astuple(REAL["16 x 48k"])
+  L, P = 36, 2048
   array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
   scales = lambda *shape: array(*shape, dtype="float32") if dtype == "int8" else None  # noqa: E731
   new = da.Tokens(array(B, 1, K, H), array(B, 1, K, H), scales(B, 1, K), scales(B, 1, K))
   cache = da.Cache(
     *(array(L, P, K, S, H), array(L, P, K, S, H), scales(L, P, K, S), scales(L, P, K, S)),
-    array(B, pages, dtype="int32"),
+    array(B, length // S, dtype="int32"),
   )
   run = lambda *given: da.decode_attention(*given, implementation="pallas_gpu")  # noqa: E731
-  q, at = array(B, 1, 32, H, dtype="bfloat16"), array(B, 1, dtype="int32")
+  q, at = array(B, 1, N, H, dtype="bfloat16"), array(B, 1, dtype="int32")
   return compiled(mesh, run, q, new, cache, array(dtype="int32"), at, donate=(2,))
 
 
