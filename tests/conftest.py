@@ -45,7 +45,9 @@ TINY = qwen3.Qwen3Config(
 )
 
 
-MAPS = 25_000  # regions of memory; Linux allows a process 65,530, and no file here adds 6,000
+MAPS = (
+  25_000  # regions of memory; a process may have 65,530, and a file is looked at when it is done
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
