@@ -139,8 +139,12 @@ def test_worker_that_cannot_start_says_what_to_install(monkeypatch, tmp_path):
     answer.Checker(seconds=20).compare("3", "3")
 
 
-def test_dead_worker_is_a_failure_and_then_replaced(checker):
+@pytest.mark.parametrize("gone", [False, True], ids=["dying", "gone"])
+def test_dead_worker_is_a_failure_and_then_replaced(checker, gone):
+  """Whether it dies while it is asked or was dead before, when its pipe is broken."""
   checker.compare("3", "3")
   checker._process.kill()
+  if gone:
+    checker._process.wait()
   assert checker.compare("3", "3").startswith("failed")
   assert checker.compare("3", "3") == "equal"

@@ -8,6 +8,7 @@ are read as LaTeX.
 """
 
 import asyncio
+import contextlib
 import json
 import pathlib
 import re
@@ -76,7 +77,8 @@ class Checker:
 
   def _stop(self) -> int:
     process, self._process = self._process, None
-    with process:  # closes the pipes, which ends it
+    # Closing the pipes ends it; what a dead one has not read is flushed, and fails, once more.
+    with contextlib.suppress(BrokenPipeError), process:
       pass
     return process.returncode
 
