@@ -165,9 +165,7 @@ def forward_kernel(
       mg.barrier_arrive(k_free.at[slot])
 
       def masked():
-        own_QS, key_QS = hopper.index(s_QS.shape, 0) + own_key, hopper.index(s_QS.shape, 1) + key
-        seen_QS = (key_QS <= own_QS) & (key_QS >= hopper.rows(start_Q, s_QS.shape))
-        return jnp.where(seen_QS, s_QS, UNSEEN)
+        return jnp.where(seen(s_QS.shape, own_key, key, start_Q), s_QS, UNSEEN)
 
       edge = (key + FORWARD_KEYS > own_key) | (key < last_start)
       s_QS = lax.cond(edge, masked, lambda: s_QS)
@@ -216,6 +214,12 @@ def forward_kernel(
 
 def like(x):
   return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def seen(shape, own_key, key, start_Q):
+  """Whether queries, the first one the token of own_key, see keys, the first of them `key`."""
+  own_QS, key_QS = hopper.index(shape, 0) + own_key, hopper.index(shape, 1) + key
+  return (key_QS <= own_QS) & (key_QS >= hopper.rows(start_Q, shape))
 
 
 def reversed_block(q_ref):
@@ -306,9 +310,7 @@ def query_gradient_kernel(
       p_QS = jnp.exp2(s_QS * (scale * LOG2E) - hopper.rows(lse_Q, s_QS.shape))
 
       def masked():
-        own_QS, key_QS = hopper.index(p_QS.shape, 0) + own_key, hopper.index(p_QS.shape, 1) + key
-        seen_QS = (key_QS <= own_QS) & (key_QS >= hopper.rows(start_Q, p_QS.shape))
-        return jnp.where(seen_QS, p_QS, 0.0)
+        return jnp.where(seen(p_QS.shape, own_key, key, start_Q), p_QS, 0.0)
 
       p_QS = lax.cond((key + BACKWARD > own_key) | (key < last_start), masked, lambda: p_QS)
       mg.barrier_wait(v_full.at[slot])
