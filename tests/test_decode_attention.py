@@ -219,3 +219,18 @@ def test_the_model_decodes_with_the_kernel(tensor, dtype):
     x, y = (np.asarray(pages, "float32") for pages in (x, y))
     if x.ndim > 2:  # not the table; page 0 is nobody's
       np.testing.assert_allclose(x[:, 1:], y[:, 1:], atol=2e-5 if dtype == "float32" else 1)
+
+
+def test_an_implementation_of_packed_rows_alone_decodes_with_xla(tiny):
+  """attention=cudnn is of training and scoring; sampling with the same config goes on."""
+  config, params = tiny
+  tokens_BT, positions_BT = jnp.array([[3, 4, 5]]), jnp.arange(3)[None]
+
+  def hidden(how):
+    cache = kv_cache.with_table(
+      kv_cache.create(config, 2, 4, "float32", by_layer=False), jnp.array([[1]], jnp.int32)
+    )
+    changed = dataclasses.replace(config, attention=how)
+    return qwen3.extend(changed, params, tokens_BT, positions_BT, cache)[0]
+
+  np.testing.assert_array_equal(hidden("cudnn"), hidden("xla"))

@@ -132,7 +132,9 @@ def append_and_attend(config, q_BTNH, k_BTKH, v_BTKH, kv_cache: kv.KVCache, laye
   A negative position is padding: written nowhere, and its output means nothing.
   """
   new = (q_BTNH, k_BTKH, v_BTKH)
-  for name in decode.candidates(implementation_for(config)):
+  wanted = implementation_for(config)
+  # One that only packed rows have, cuDNN's, leaves the cache to XLA.
+  for name in decode.candidates(wanted) if wanted in ("auto", *decode.IMPLEMENTATIONS) else ():
     if name.startswith("pallas"):
       try:
         return paged_decode(name, *new, kv_cache, layer, positions_BT)

@@ -25,7 +25,7 @@ def score_tokens(x_BTD, w_VD, target_BT, temperature, chunk: int):
   run = functools.partial(score_head, chunk=chunk)
   if not sharding.several_devices():
     return run(x_BTD, w_VD, target_BT, temperature)
-  B, T, D = x_BTD.shape
+  B, T = target_BT.shape
   mesh = jax.sharding.get_abstract_mesh()
   tokens = sharding.spec(sharding.ACTIVATIONS, "BT", (B, T), mesh)
   axes = [
