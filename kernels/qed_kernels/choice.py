@@ -22,11 +22,11 @@ def device():
   return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
-def known(name: str, implementations: dict) -> tuple[str]:
+def known(what: str, name: str, implementations: dict) -> tuple[str]:
   """The name alone. Raises ValueError, one line, when there is none of it."""
   if name not in implementations:
     names = ", ".join(("auto", *implementations))
-    raise ValueError(f"there is no implementation {name!r}: choose {names}")
+    raise ValueError(f"there is no implementation {name!r}: choose {names} for {what}")
   return (name,)
 
 

@@ -79,4 +79,4 @@ def candidates(implementation: str) -> tuple[str, ...]:
   """
   if implementation == "auto":
     return ("pallas_tpu", "xla") if on_tpu() else ("xla",)
-  return known(implementation, IMPLEMENTATIONS)
+  return known("decode_attention", implementation, IMPLEMENTATIONS)

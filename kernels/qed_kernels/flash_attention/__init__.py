@@ -98,4 +98,4 @@ def candidates(implementation: str) -> tuple[str, ...]:
   """
   if implementation == "auto":
     return ("pallas_tpu", "xla") if on_tpu() else ("xla",)
-  return known(implementation, IMPLEMENTATIONS)
+  return known("flash_attention", implementation, IMPLEMENTATIONS)

@@ -37,4 +37,4 @@ def candidates(implementation: str) -> tuple[str, ...]:
   """Names to try, the best first. Raises ValueError, one line, for one that does not exist."""
   if implementation == "auto":
     return ("pallas_tpu", "xla") if on_tpu() else ("xla",)
-  return known(implementation, IMPLEMENTATIONS)
+  return known("score_head", implementation, IMPLEMENTATIONS)
