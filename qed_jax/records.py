@@ -80,12 +80,37 @@ class Turn:
 
 
 @dataclasses.dataclass(frozen=True)
+class Call:
+  """One model call of a scaffold.
+
+  stage: what it was for ("reason", "verify", ...). depth: the length of the longest chain of calls
+  that had to end before this one could begin, plus one.
+  """
+
+  stage: str
+  messages: tuple[dict[str, str], ...]
+  completion: Completion
+  depth: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Solution:
-  """What a scaffold returns: the proof and the turns that led to it."""
+  """What a scaffold returns: the proof, the turns of a reasoning cache, and every call it made."""
 
   problem: Problem
   proof: str
   turns: tuple[Turn, ...] = ()
+  calls: tuple[Call, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class GradedProof:
+  """A proof with the score (0..7) that people gave it: what a judge is compared with."""
+
+  problem: Problem
+  proof: str
+  score: int
+  source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
