@@ -51,6 +51,7 @@ def base() -> ConfigDict:
   })  # fmt: skip
   c.checkpoint = ConfigDict({"every": 50, "keep": 2})
   c.log = ConfigDict({"every": 1, "samples": 4})
+  c.profile = ConfigDict({"steps": ()})  # (10, 13): a jax.profiler trace of steps 10, 11 and 12
   c.max_skipped_steps = 5  # non-finite updates in a row before the run stops
   return c
 
@@ -96,15 +97,15 @@ def rubric_judge() -> ConfigDict:
   """gpt-oss-20b, medium effort, over the endpoint that OPENAI_BASE_URL names (qed_nano_rl.yaml)."""
   return ConfigDict({
     "reward": "rubric",  # "rubric" (a judge model), "answer" (math-verify), "exact" (tiny world)
-    # "" asks the endpoint below; "policy" the policy itself; "init" (where the run began), a workdir,
-    # a Hugging Face folder or hub id: an engine of its own in this process.
+    # "" asks the endpoint below; "policy" the policy itself; "init" (where the run began), a
+    # workdir, a Hugging Face folder or hub id: an engine of its own in this process.
     "engine": "",
     "engine_revision": "main",
     "model": "openai/gpt-oss-20b",
     "api": "responses",  # "responses" or "chat"
     "base_url_env": "OPENAI_BASE_URL",
     "api_key_env": "OPENAI_API_KEY",  # the name of the variable, never the key
-    "style": "strict",  # no reference; "reference"; "imo" (0, 1, 6, 7); "parity" (reads as QED-Nano)
+    "style": "strict",  # or "reference", "imo" (0, 1, 6, 7), "parity" (reads as QED-Nano did)
     "template": "",  # another text for the style: a file of qed_jax/prompts, or a path
     "temperature": 1.0,
     "max_tokens": 81_920,
@@ -126,7 +127,7 @@ def rubric_judge() -> ConfigDict:
     "money_budget": 0.0,  # dollars before the run stops; 0 is no limit
     "on_invalid": "mask",  # "zero" reproduces the original
     "cache": "judge.jsonl",
-    "canary_share": 0.01,  # of proofs that bring one of known score along; 0 sends none, checks none
+    "canary_share": 0.01,  # of proofs that bring one of known score along; 0 also checks nothing
     "canaries": "",  # JSONL of {statement, rubric, proof, score}; "" takes ours
     "canary_window": 16,  # the last so many are looked at ...
     "max_canary_error": 2.0,  # ... and stop the run where they are off by more points on average

@@ -18,7 +18,8 @@ POSITIVE = {
   "max_tokens", "score_chunk", "every", "keep", "clip_norm", "eps", "max_length", "chunk",
   "page", "lanes", "prefill_rows", "prefill_tokens", "prefill_budget", "max_skipped_steps",
   "deadline_s", "concurrency", "samples_per_problem", "retries", "timeout_s", "problems_at_once",
-  "votes", "outage_after", "canary_window", "choices", "prompt_tokens", "body_bytes", "body_s", "step_s", "data", "sequence", "tensor",
+  "votes", "outage_after", "canary_window",
+  "choices", "prompt_tokens", "body_bytes", "body_s", "step_s", "data", "sequence", "tensor",
 }  # fmt: skip
 CHOICES = {
   "job": ("sft", "rl", "cache_rl"),

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from qed_jax import prompts
-from qed_jax.chat import ChatError, Endpoint, HttpChat
+from qed_jax.chat import ChatError, Endpoint, HttpChat, Unavailable
 from qed_jax.records import Completion, Grade, GradedProof, Problem
 from qed_jax.rewards import answer, canaries, exact, precheck, rubric
 from qed_jax.rollout.requests import RequestError
@@ -57,7 +57,7 @@ def check(grade) -> None:
 class Judge:
   """await judge(problem, proof) -> Grade. Counts what happens until `metrics` is asked.
 
-  Raises ValueError, one line, when the run should stop: the endpoint refuses or is down for longer
+  Raises Unavailable, one line, when the run should stop: the endpoint refuses or is down for longer
   than the patience, a budget is spent, or the canaries say that it does not grade.
   """
 
@@ -120,10 +120,10 @@ class Judge:
     grades = await asyncio.gather(*(self._send_canary(c, 0) for c in chosen))
     said = [grade.score for grade in grades]
     if all(score is None for score in said):
-      raise ValueError(self._unread(grades[0]))
+      raise Unavailable(self._unread(grades[0]))
     known = [score for score in said if score is not None]
     if len(known) > 1 and len(set(known)) == 1 and len({c.score for c in chosen}) > 1:
-      raise ValueError(self._deaf(known[0], len(known)))
+      raise Unavailable(self._deaf(known[0], len(known)))
 
   async def close(self) -> None:
     """Closes the connections and the reply cache."""
@@ -188,7 +188,7 @@ class Judge:
   # --- watching --------------------------------------------------------------------------------
 
   async def _send_canary(self, canary: GradedProof, first: int) -> Grade:
-    """Grades a proof of known score. Raises ValueError when the last ones were too far off."""
+    """Grades a proof of known score. Raises Unavailable when the last ones were too far off."""
     draw = _draw(canary.problem, canary.proof)
     grade = await self._grade(canary.problem, canary.proof, "canary", first, draw)
     if grade.score is None:
@@ -202,8 +202,8 @@ class Judge:
     full = len(self._errors) == self._errors.maxlen
     if full and (mean := sum(self._errors) / len(self._errors)) > self.config.max_canary_error:
       if len(set(self._said)) == 1:
-        raise ValueError(self._deaf(grade.score, len(self._said)))
-      raise ValueError(
+        raise Unavailable(self._deaf(grade.score, len(self._said)))
+      raise Unavailable(
         f"{self._name}: off by {mean:.1f} points of 7 on the last {len(self._errors)} proofs of "
         f"known score: read the canaries in {self._audit}, then take another judge, or raise "
         "config.judge.max_canary_error, and run the same command to go on"
@@ -231,7 +231,7 @@ class Judge:
   def _unread(self, grade: Grade) -> str:
     last = " ".join(grade.feedback.split())[-120:]
     return (
-      f"{self._name}: no reply to proofs of known score could be read ({grade.reason}; the last one "
+      f"{self._name}: no reply to proofs of known score could be read ({grade.reason}; the last "
       f"ends with {last!r}): it must end with <score>N</score>, N one of "
       f"{', '.join(map(str, self.style.scale))}; see config.judge.style, template and max_tokens"
     )
