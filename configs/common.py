@@ -127,7 +127,7 @@ def rubric_judge() -> ConfigDict:
     "money_budget": 0.0,  # dollars before the run stops; 0 is no limit
     "on_invalid": "mask",  # "zero" reproduces the original
     "cache": "judge.jsonl",
-    "canary_share": 0.01,  # of proofs that bring one of known score along; 0 also checks nothing
+    "canary_share": 0.01,  # of proofs that bring one of known score along
     "canaries": "",  # JSONL of {statement, rubric, proof, score}; "" takes ours
     "canary_window": 16,  # the last so many are looked at ...
     "max_canary_error": 2.0,  # ... and stop the run where they are off by more points on average

@@ -10,6 +10,7 @@ who wants a fresh sample of the same prompt asks with another seed or a larger n
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import datetime
 import email.utils
@@ -237,6 +238,7 @@ class HttpChat:
       proxy=None if bypass else urllib.request.getproxies().get(url.scheme),
       trust_env=False,
     )
+    weakref.finalize(self, _let_go, self._session)
     if left is not None:  # of a loop that has ended, and its connections with it
       await left.close()
 
@@ -475,6 +477,14 @@ def _of_status(
   final = spent or (status < 500 and status not in _RETRIED)
   refused = spent or status in _REFUSED
   return _Fault(f"HTTP {status}{hint}: {said}", final, refused, _retry_after(headers))
+
+
+def _let_go(session: aiohttp.ClientSession) -> None:
+  """Closes a session that nobody has closed; aiohttp would complain on stderr."""
+  closing = session.close()
+  with contextlib.suppress(StopIteration, RuntimeError):
+    closing.send(None)  # where its loop has ended there is nothing to wait for
+  closing.close()
 
 
 def _tls() -> ssl.SSLContext:

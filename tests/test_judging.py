@@ -222,8 +222,8 @@ def test_shares_are_drawn_by_content_and_kept(make, tmp_path):
 def known(body) -> int:
   """What our canaries deserve, as an examiner would see it."""
   text = body["messages"][0]["content"]
-  [shown] = re.findall(r"<submission-\w+>\n(.*)\n</submission-\w+>", text, re.DOTALL)
-  return next((c.score for c in canaries.load("") if c.proof == shown), 5)
+  shown = re.findall(r"<submission-\w+>\n(.*)\n</submission-\w+>", text, re.DOTALL)
+  return next((c.score for c in canaries.load("") if [c.proof] == shown), 5)
 
 
 def test_our_canaries_are_sound():
@@ -309,7 +309,7 @@ def test_check_passes_a_judge_that_grades(make):
     assert len(server.requests) == 5
     assert grades_of(judge, [proof(1)])[0].score == 5
     judging.check(make(server, canary_share=0.0))
-    assert len(server.requests) == 6
+    assert len(server.requests) == 7
 
 
 CHECKED = [

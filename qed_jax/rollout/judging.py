@@ -48,8 +48,8 @@ def grader(judge, root: epath.Path, chat=None):
 
 
 def check(grade) -> None:
-  """Asks a judge over HTTP about proofs of known score before anything is spent on a run; other
-  graders are left alone. Raises ValueError, one line, when it cannot be asked or cannot grade."""
+  """Asks a judge over HTTP, about a few proofs of known score, before anything is spent on a run;
+  other graders are left alone. Raises Unavailable when it cannot be asked or does not grade."""
   if isinstance(grade, Judge):
     asyncio.run(grade.check())
 
@@ -112,9 +112,11 @@ class Judge:
 
   async def check(self) -> None:
     """See the function `check`."""
-    if not self.canaries or self._http is None:
+    if self._http is None:
       return
     await self._http.check()
+    if not self.canaries:
+      return
     one_of_each = {c.score: c for c in self.canaries}.values()
     chosen = [*one_of_each, *(c for c in self.canaries if c not in one_of_each)][:4]
     grades = await asyncio.gather(*(self._send_canary(c, 0) for c in chosen))
