@@ -10,8 +10,9 @@ ROOT = Path(__file__).parents[1]
 MAINS = {"train", "evaluate", "serve", "convert", "report"}
 # A floor imports lower floors; the parts of the ground also one another, without cycles.
 GROUND = {
-  "records", "sharding", "breaker", "chat", "prompts", "metrics", "optim", "checkpoint", "checksums",
-  "figures", "flags", "host_memory", "host_state", "intervals", "replies", "tracing", "workdir",
+  "records", "sharding", "breaker", "chat", "prompts", "metrics", "optim", "checkpoint",
+  "checksums", "figures", "flags", "host_memory", "host_state", "intervals", "replies", "tracing",
+  "workdir",
 }  # fmt: skip
 MIDDLE = {"model", "data", "objectives", "rewards", "scaffolds"}
 FLOORS = (GROUND, MIDDLE, {"rollout"}, {"serving"}, MAINS)

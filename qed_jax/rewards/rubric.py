@@ -15,6 +15,7 @@ brings the zeros back) and the latter is invalid. The style "parity" reads repli
 
 import asyncio
 import dataclasses
+import functools
 import hashlib
 import math
 import re
@@ -44,6 +45,7 @@ _THINK_TAG = re.compile(r"<\s{0,9}/?\s{0,9}think\s{0,9}>", re.IGNORECASE)
 _SCORE = re.compile(r"<score>[ \t\r\n]*([0-9])[ \t\r\n]*</score>")
 
 
+@functools.lru_cache(maxsize=512)  # a proof is read several times
 def sanitise(text: str) -> str:
   """A copy of a submission that is safe to show to a judge.
 
@@ -52,14 +54,20 @@ def sanitise(text: str) -> str:
   markers such as <|im_start|> are set apart by a space: `0 <|x|` stays readable mathematics.
   """
   text = text.replace("\r\n", "\n").replace("\r", "\n")
-  text = text.translate({ord(char): None for char in set(text) if not _visible(char)})
-  shadow = text.translate({ord(char): _plain(char) for char in set(text)})
-  chars = list(text)
-  for match in _TURN.finditer(shadow):
-    chars[match.start()] += " "
-  for match in _TAG.finditer(shadow):
-    chars[match.start()] = "["
-  return "".join(chars)
+  odd = [char for char in set(text) if not " " <= char <= "~"]  # of which there are few
+  text = text.translate({ord(char): None for char in odd if not _visible(char)})
+  shadow = (
+    text.lower()
+    if text.isascii()
+    else text.translate({ord(char): _plain(char) for char in set(text)})
+  )
+  marks = {match.start(): text[match.start()] + " " for match in _TURN.finditer(shadow)}
+  marks |= {match.start(): "[" for match in _TAG.finditer(shadow)}
+  pieces, start = [], 0
+  for place in sorted(marks):
+    pieces += [text[start:place], marks[place]]
+    start = place + 1
+  return "".join([*pieces, text[start:]])
 
 
 def _visible(char: str) -> bool:
