@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import fake_endpoint
 import jax
 import numpy as np
 import pytest
-from fake_endpoint import error, said, serve
 
 from configs import cache_rl, rl, sft
 from qed_jax import checkpoint, flags, sharding, train
@@ -412,10 +412,10 @@ def test_a_judge_that_is_gone_saves_the_run_and_stops_it_with_one_line(tmp_path,
 
   def script(number, request):
     if mended or number <= 2 * 8:  # the check, and eight proofs a step
-      return said(f"<score>{number % 8}</score>")
-    return error(401, "the key was withdrawn")
+      return fake_endpoint.said(f"<score>{number % 8}</score>")
+    return fake_endpoint.error(401, "the key was withdrawn")
 
-  with serve(script) as server:
+  with fake_endpoint.serve(script) as server:
     c = judged(tmp_path, server.url, monkeypatch)
     c.checkpoint.every = 100
     # All proofs are graded: an empty one would need no call.
