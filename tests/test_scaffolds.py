@@ -1,0 +1,512 @@
+"""Scaffolds against a scripted model: what is asked, how often, in which order; what survives."""
+
+import asyncio
+import dataclasses
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scripted_model import PLAN, PROBLEM, SMALL, Killed, Model, block, calls_tools, decides, small
+
+from qed_jax import scaffolds
+from qed_jax.chat import ChatError
+from qed_jax.journal import Journal
+from qed_jax.records import Completion
+from qed_jax.scaffolds import calls, rsa
+from qed_jax.scaffolds.reasoning_cache import turn_seed
+
+
+def run(config, chat, seed=3, **how):
+  return asyncio.run(scaffolds.prepare(config)(PROBLEM, chat, seed=seed, **how))
+
+
+def content(solution):
+  """All of a solution but how long things took and what was paid."""
+  made = [(c.stage, c.messages, c.completion.text, c.depth, c.error) for c in solution.calls]
+  return solution.proof, made, [(t.index, t.proof, t.summary_after) for t in solution.turns]
+
+
+def stages(solution) -> dict[str, int]:
+  names = [call.stage for call in solution.calls]
+  return {name: names.count(name) for name in dict.fromkeys(names)}
+
+
+# --- the graphs, at the published values
+
+
+@pytest.mark.parametrize(
+  ("name", "answers", "expected", "depth"),
+  [
+    ("direct", {}, {"reason": 1}, 1),
+    ("reasoning_cache", {}, {"reason": 3, "summarise": 2}, 5),
+    ("reasoning_cache_paper", {}, {"reason": 12, "summarise": 11}, 23),
+    (
+      "deepseek_math",
+      {"verify_template": decides("0", "0.5")},
+      {"reason": 4, "verify": 48, "refine": 8},
+      6,
+    ),
+    ("deepseek_math", {"verify_template": decides("1")}, {"reason": 4, "verify": 16}, 2),
+    ("rsa", {}, {"reason": 8, "merge": 24, "select": 7}, 7),
+    ("rsa_paper", {}, {"reason": 16, "merge": 160}, 11),
+    (
+      "selfcheck",
+      {"classify_template": decides("yes")},
+      {"reason": 1, "improve": 1, "verify": 5, "classify": 5},
+      12,
+    ),
+    (
+      "selfcheck",
+      {"classify_template": decides("no")},
+      {"reason": 1, "improve": 1, "verify": 10, "classify": 10, "correct": 9},
+      31,
+    ),
+    (
+      "selfcheck",
+      {"classify_template": decides("perhaps")},
+      {"reason": 1, "improve": 1, "verify": 30, "classify": 30},
+      62,
+    ),
+    (
+      "nomos",
+      {"consolidate_template": "r</think>all of them"},
+      {"reason": 16, "score": 16, "consolidate": 1, "select": 11},
+      7,
+    ),
+    (
+      "static_agent",
+      {},
+      {"reason": 8, "verify": 8, "improve": 8, "merge": 4, "select": 1},
+      5,
+    ),
+    (
+      "planner",
+      {},
+      {"plan": 7, "approaches": 1, "solve": 1, "reason": 1, "verify": 1, "improve": 1, "select": 1},
+      13,
+    ),
+  ],
+)
+def test_calls_are_as_many_and_as_deep_as_published(tmp_path, name, answers, expected, depth):
+  solution = run(block(name, tmp_path), Model(answers))
+  assert stages(solution) == expected
+  assert calls.depth(solution.calls) == depth
+  assert solution.proof.startswith("proof ")
+  total = calls.spent(solution.calls)
+  count = sum(expected.values())
+  assert (total.calls, total.input_tokens, total.output_tokens) == (count, 3 * count, 5 * count)
+  assert total.seconds == pytest.approx(0.25 * count)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_result_and_record_do_not_depend_on_which_answer_comes_first(tmp_path, name):
+  """Every call has its place, its depth and its seed from the graph alone."""
+  config = small(name, tmp_path)
+  slow = run(config, Model(hurry=1))
+  assert (
+    len({str(content(run(config, Model(hurry=h)))) for h in (2, 3, 4)} | {str(content(slow))}) == 1
+  )
+  assert content(run(config, Model(), seed=4)) != content(slow)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_no_call_is_the_same_as_another(tmp_path, name):
+  """The same prompt twice has two seeds, so that the second answer is another sample."""
+  model = Model({"prompt": "r</think>alike", "merge_template": "r</think>alike"})
+  solution = run(small(name, tmp_path), model)
+  seeds = [seed for _, seed, _ in model.asked]
+  assert len(set(seeds)) == len(seeds) == len(solution.calls)
+
+
+def test_each_kind_of_call_has_its_own_budget(tmp_path):
+  config = block("deepseek_math", tmp_path)
+  config.sampling.max_tokens, config.verify_sampling.max_tokens = 11, 12
+  config.generate.reason.max_tokens = 13
+  model = Model({"verify_template": decides("0")})
+  run(config, model)
+  budgets = {(kind, how["max_tokens"]) for kind, _, how in model.asked}
+  assert budgets == {("prompt", 13), ("verify_template", 12), ("refine_template", 11)}
+
+
+# --- what is paid, and what survives
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_run_that_was_killed_after_any_call_pays_the_rest_only(tmp_path, name):
+  config = small(name, tmp_path)
+  whole = Model()
+  expected = run(config, Journal(whole, str(tmp_path / "whole"), "m"))
+  assert whole.paid == len(expected.calls)
+  for lives in range(whole.paid):
+    path = str(tmp_path / f"{lives}")
+    first, second = Model(lives=lives, hurry=lives), Model(hurry=lives + 1)
+    with pytest.raises(Killed):
+      run(config, Journal(first, path, "m"))
+    again = run(config, Journal(second, path, "m"))
+    assert first.paid == lives and second.paid == whole.paid - lives
+    assert content(again) == content(expected)
+    spent, before = calls.spent(again.calls), calls.spent(expected.calls)
+    assert spent.calls == second.paid
+    assert dataclasses.replace(spent, calls=before.calls) == before
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_one_failed_call_does_not_end_the_run(tmp_path, name):
+  """Whichever it is. Its error is on record, and a run without a proof raises it."""
+  config = small(name, tmp_path)
+  total = len(run(config, Model()).calls)
+  for fails in range(total):
+
+    class Outage(Model):
+      async def __call__(self, messages, fails=fails, **how):
+        if len(self.asked) == fails:
+          self.asked.append(("failed", 0, {}))
+          raise ChatError("no\nanswer")
+        return await super().__call__(messages, **how)
+
+    if fails == 0 and name in ("direct", "reasoning_cache", "selfcheck"):
+      with pytest.raises(ChatError, match="no\nanswer"):
+        run(config, Outage())
+      continue
+    solution = run(config, Outage())
+    assert solution.proof.startswith("proof ")
+    assert [c.error for c in solution.calls if c.error] == ["no answer"]
+    assert [c.completion.text for c in solution.calls if c.error] == [""]
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("error", [ChatError("down"), TimeoutError()])
+def test_nothing_but_failures_is_an_error_and_no_empty_proof(tmp_path, name, error):
+  class Down(Model):
+    async def __call__(self, messages, **how):
+      raise error
+
+  with pytest.raises(type(error)):
+    run(small(name, tmp_path), Down())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_nothing_but_unfinished_thoughts_is_an_empty_proof(tmp_path, name):
+  """That is a fact about the model, and every call of it is on record."""
+  cut = Completion(text="thinking on and on", finish_reason="length")
+
+  class Rambling(Model):
+    async def __call__(self, messages, **how):
+      return [cut]
+
+  solution = run(small(name, tmp_path), Rambling())
+  assert solution.proof == "" and solution.calls
+  assert all(call.completion is cut for call in solution.calls)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_other_exceptions_are_not_swallowed(tmp_path, name):
+  """A bug or a full disk ends the run, and nothing of it goes on in the background."""
+  config = small(name, tmp_path)
+
+  async def main():
+    with pytest.raises(Killed):
+      await scaffolds.prepare(config)(PROBLEM, Model(lives=0 if name == "direct" else 1), seed=0)
+    return [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+
+  assert asyncio.run(main()) == []
+
+
+HOSTILE = st.one_of(
+  st.text(max_size=40),
+  st.builds(
+    "{}</think>{}<verdict>{}</verdict>{}".format,
+    st.sampled_from(["", "r", "</think>"]),
+    st.sampled_from(["", "<verdict>", "## Solution\n", "\ud800", "## Self-evaluation\n"]),
+    st.sampled_from(["0", "1", "2", "7", "yes", "no", "equal", "٣", "1e0", "-1", " 1 ", ""]),
+    st.sampled_from(["", "<verdict>1</verdict>", "</verdict>", "<keep>1</keep>"]),
+  ),
+  st.builds(
+    '</think><call>{{"tool": {}, "solution": {}, "solutions": {}, "approach": {}}}</call>'.format,
+    st.sampled_from(['"solve"', '"verify"', '"improve"', '"merge"', '"select"', '"submit"', "[]"]),
+    st.sampled_from(['"S1"', '"S9"', "3", "null", "[]"]),
+    st.sampled_from(['["S1", "S1"]', '["S1", "S2"]', '"S1S2"', "[[], {}]", "null"]),
+    st.sampled_from(["null", '"A1"', "[1]"]),
+  ),
+  st.sampled_from(
+    [
+      "</think><keep>1,2,9</keep>",
+      "</think><keep>2</keep>",
+      "</think><approach>x</approach><approach>",
+      "</think>" + "<call>" + "[" * 1_500 + "</call>",
+      "</think><call>9" + "9" * 5_000 + "</call>",
+    ]
+  ),
+)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@settings(
+  max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(replies=st.lists(HOSTILE, min_size=1, max_size=8), cut=st.booleans())
+def test_no_reply_breaks_a_run(tmp_path, name, replies, cut):
+  """Whatever the model says, the run ends, within its budget, with a proof that the model wrote."""
+  said = []
+
+  class Hostile(Model):
+    async def __call__(self, messages, **how):
+      said.append(replies[len(said) % len(replies)])
+      return [Completion(text=said[-1], finish_reason="length" if cut else "stop")]
+
+  solution = run(small(name, tmp_path), Hostile())
+  assert solution.proof in "\n".join(said)
+  assert len(solution.calls) == len(said) <= MOST[name]
+
+
+MOST = {
+  "direct": 1,
+  "reasoning_cache": 5,
+  "deepseek_math": 4 * (1 + 2 * 2),
+  "rsa": 3 + 3 + 2,
+  "selfcheck": 2 + 3 * 3,
+  "nomos": 8 + 1 + 2,
+  "static_agent": 1 + 4 * 3 + 2 + 1,
+  "planner": 2 * 6 + 1 + 1,
+  "deepseek_math_cache": 2 * 3 + 2 + 2,
+  "rsa_cache": 2 * 3 + 2 * (1 + 3) + 1,
+}
+
+
+# --- nesting
+
+
+def test_a_cache_inside_rsa_goes_on_from_each_merged_proof(tmp_path):
+  """Solutions and refinements are runs of the cache; its summaries are the summariser's."""
+  config = small("rsa_cache", tmp_path)
+  policy, summariser = Model({"merge_template": "r</think>merged"}), Model()
+  solution = run(config, policy, summariser=summariser)
+  assert stages(solution) == {"reason": 8, "summarise": 4, "merge": 2, "select": 1}
+  assert calls.depth(solution.calls) == 3 + 1 + 3 + 1
+  assert set(summariser.kinds()) == {"summarise_template"} and len(summariser.asked) == 4
+  assert "summarise_template" not in policy.kinds()
+  starts = [c.messages[0]["content"] for c in solution.calls if c.stage == "reason"]
+  assert sum("summary=[]" in text for text in starts) == 2
+  assert sum("summary=[merged]" in text for text in starts) == 2
+
+
+def test_a_cache_inside_deepseek_math_makes_the_pool_only(tmp_path):
+  config = small("deepseek_math_cache", tmp_path)
+  solution = run(config, Model({"verify_template": decides("0")}))
+  assert stages(solution) == {"reason": 4, "summarise": 2, "verify": 3, "refine": 1}
+  assert calls.depth(solution.calls) == 3 + 1 + 1 + 1
+
+
+def test_any_scaffold_makes_the_first_proofs_of_another(tmp_path):
+  config = small("nomos", tmp_path)
+  inner = small("static_agent", tmp_path)
+  plain = config.to_dict() | {"generate": inner.to_dict()}
+  solution = run(plain, Model())
+  assert stages(solution)["approaches"] == 4 and stages(solution)["consolidate"] == 1
+  assert calls.depth(solution.calls) == 1 + 5 + 1 + 1 + 1
+
+
+# --- each one's own rules
+
+
+def test_deepseek_math_refines_the_best_proofs_by_their_lowest_reviews(tmp_path):
+  """A proof's text says how its reviewers score it; the worse reports go into the refinement."""
+  scores = {"A": ["1", "1", "0.5", "0"], "B": ["0", "0", "0", "0"]}
+  made, reviewed = iter("AB"), []
+
+  def verify(_, messages):
+    name = messages[0]["content"].partition("proof=[")[2][0]
+    reviewed.append(name)
+    score = scores.get(name, ["1"] * 4)[reviewed.count(name) - 1]
+    return f"r</think>{name} gets {score}: <verdict>{score}</verdict>"
+
+  config = block("deepseek_math", tmp_path, pool_size=2, iterations=3, best=1)
+  model = Model({
+    "prompt": lambda *_: f"r</think>## Solution\n{next(made)}\n## Self-evaluation\nnone",
+    "verify_template": verify,
+    "refine_template": "r</think>C",
+  })  # fmt: skip
+  solution = run(config, model)
+  assert solution.proof == "C"
+  [refinement] = [c for c in solution.calls if c.stage == "refine"]
+  asked = refinement.messages[0]["content"]
+  assert "proof=[A]" in asked and "A gets 0:" in asked and "A gets 0.5:" in asked
+  assert "A gets 1:" not in asked and "B gets" not in asked
+
+
+def test_an_unreadable_verification_is_no_zero(tmp_path):
+  """With 1, 1 and two that cannot be read the mean is 1; but half is not enough to stop at."""
+  replies = iter(["<verdict>1</verdict>", "?", "<verdict>1</verdict>", "<verdict>2</verdict>"] * 9)
+  config = block("deepseek_math", tmp_path, pool_size=1, iterations=1, best=1)
+  model = Model({
+    "prompt": "r</think>first",
+    "verify_template": lambda *_: f"r</think>{next(replies)}",
+    "refine_template": "r</think>second",
+  })  # fmt: skip
+  solution = run(config, model)
+  assert solution.proof == "first"  # the means are equal: the older one
+  assert stages(solution) == {"reason": 1, "verify": 8, "refine": 1}
+
+
+def test_a_report_that_the_meta_verifiers_reject_does_not_count(tmp_path):
+  config = block(
+    "deepseek_math", tmp_path, pool_size=1, verifications=3, meta_verifications=3, iterations=1
+  )
+  scores = iter(["0", "1", "1"])
+  model = Model({
+    "verify_template": lambda *_: f"r</think><verdict>{next(scores)}</verdict>",
+    "meta_template": decides("0"),
+  })  # fmt: skip
+  assert stages(run(config, model)) == {"reason": 1, "verify": 3, "meta_verify": 3}
+
+
+def test_equal_means_are_ranked_by_the_authors_own_score(tmp_path):
+  own = iter(["0", "1", "0.5"])
+  text = "r</think>## Solution\nproof {0}\n## Self-evaluation\n<verdict>{0}</verdict>"
+  config = block("deepseek_math", tmp_path, pool_size=3, iterations=0)
+  model = Model({
+    "prompt": lambda *_: text.format(next(own)),
+    "verify_template": decides("0.5"),
+  })  # fmt: skip
+  assert run(config, model).proof == "proof 1"
+
+
+@given(st.integers(1, 20), st.integers(1, 6), st.integers(0, 2**31))
+def test_circulant_subsets_use_every_member_equally_often(count, size, seed):
+  for kind in ("circulant", "random"):
+    blocks = rsa.subsets(count, size, kind, seed)
+    assert len(blocks) == count
+    assert all(len(set(b)) == len(b) == min(size, count) for b in blocks)
+    if kind == "circulant":
+      used = [i for b in blocks for i in b]
+      assert {used.count(i) for i in range(count)} == {min(size, count)}
+
+
+def test_a_choice_that_cannot_be_read_is_a_coin_and_not_the_last(tmp_path):
+  """Over many seeds each of two proofs wins about half of the time."""
+  config = block("rsa", tmp_path, population=2, rounds=0)
+  names = ["A", "B"]
+  wins = []
+  for seed in range(200):
+    made = iter(names)
+    model = Model({
+      "prompt": lambda *_, made=made: f"r</think>{next(made)}",
+      "select_template": "r</think>equal",
+    })  # fmt: skip
+    wins.append(run(config, model, seed=seed).proof)
+  assert 70 < wins.count("A") < 130
+
+
+def test_selfcheck_starts_to_count_again_after_a_failure(tmp_path):
+  verdicts = iter(["yes", "yes", "no", "?", "yes", "yes", "yes"])
+  config = block("selfcheck", tmp_path, correct_count=3, error_count=3, max_iterations=9)
+  model = Model({
+    "classify_template": lambda *_: f"r</think><verdict>{next(verdicts)}</verdict>",
+    "correct_template": "r</think>corrected",
+  })  # fmt: skip
+  solution = run(config, model)
+  assert solution.proof == "corrected" and stages(solution)["verify"] == 7
+  [correction] = [c for c in solution.calls if c.stage == "correct"]
+  assert [m["role"] for m in correction.messages] == ["user", "assistant", "user"]
+
+
+def test_selfcheck_that_gives_up_returns_the_last_proof_or_none(tmp_path):
+  never = Model({"classify_template": decides("no")})
+  assert run(block("selfcheck", tmp_path), never).proof
+  assert run(block("selfcheck", tmp_path, return_if_not_found=False), never).proof == ""
+
+
+def test_nomos_keeps_the_perfect_ones_where_there_are_enough(tmp_path):
+  points = iter("77373")
+  numbers = iter("abcde")
+  config = block("nomos", tmp_path, solutions=5, target_perfect=3, max_kept=4)
+  model = Model({
+    "prompt": lambda *_: f"r</think>proof {next(numbers)}",
+    "score_template": lambda *_: f"r</think><verdict>{next(points)}</verdict>",
+  })  # fmt: skip
+  solution = run(config, model)
+  [consolidation] = [c for c in solution.calls if c.stage == "consolidate"]
+  assert consolidation.messages[0]["content"].count("### Solution") == 3
+
+
+def test_nomos_ranks_what_it_could_not_score_in_the_middle(tmp_path):
+  points = {"a": "3", "b": "4", "c": "none"}
+  numbers = iter(points)
+
+  def score(_, messages):
+    name = messages[0]["content"].partition("proof=[proof ")[2][0]
+    return f"r</think><verdict>{points[name]}</verdict>"
+
+  config = block("nomos", tmp_path, solutions=3, target_perfect=1, max_kept=2)
+  model = Model({
+    "prompt": lambda *_: f"r</think>proof {next(numbers)}",
+    "score_template": score,
+  })  # fmt: skip
+  [consolidation] = [c for c in run(config, model).calls if c.stage == "consolidate"]
+  shown = consolidation.messages[0]["content"]
+  assert shown.index("proof b") < shown.index("proof c") and "proof a" not in shown
+
+
+def test_planner_that_never_submits_gives_its_youngest_solution(tmp_path):
+  """After its calls there is one reminder."""
+  config = block("planner", tmp_path, max_calls=3)
+  solution = run(config, Model({"plan_template": calls_tools(*PLAN[:3], "I am done.")}))
+  plans = [c for c in solution.calls if c.stage == "plan"]
+  fresh = [c for c in solution.calls if c.stage == "reason"]
+  assert len(plans) == 4 and solution.proof in fresh[-1].completion.text
+  assert "Submit now" in plans[-1].messages[-1]["content"]
+
+
+def test_planner_without_a_solution_makes_one(tmp_path):
+  solution = run(block("planner", tmp_path), Model({"plan_template": "r</think>What a problem!"}))
+  assert stages(solution) == {"plan": 16, "reason": 1} and solution.proof.startswith("proof ")
+
+
+@pytest.mark.parametrize(
+  ("said", "told"),
+  [
+    ("no call", "one call of a tool is needed: approaches, solve"),
+    ('<call>{"tool": "rm"}</call>', "one call of a tool is needed"),
+    ('<call>{"tool": "solve"}</call> <call>{"tool": "solve"}</call>', "one call of a tool"),
+    ('<call>{"tool": "verify", "solution": "S9"}</call>', "there are: none yet"),
+    ('<call>{"tool": "solve", "approach": "A1"}</call>', "no such approach"),
+    ('<call>{"tool": "merge", "solutions": ["S1"]}</call>', "two names or more"),
+  ],
+)
+def test_planner_is_told_of_a_call_that_cannot_be_made(tmp_path, said, told):
+  config = block("planner", tmp_path, max_calls=2)
+  solution = run(config, Model({"plan_template": calls_tools(said, PLAN[2])}))
+  plans = [c for c in solution.calls if c.stage == "plan"]
+  assert told in plans[1].messages[-1]["content"]
+  assert stages(solution)["reason"] == 1
+
+
+def test_planner_has_a_limit_of_fresh_solutions(tmp_path):
+  config = block("planner", tmp_path, max_solutions=1)
+  solution = run(config, Model({"plan_template": calls_tools(*[PLAN[2]] * 9)}))
+  assert stages(solution)["reason"] == 1
+
+
+def test_cache_returns_the_last_proof_there_is(tmp_path):
+  """A last turn that was cut does not lose the proof of the one before."""
+  replies = iter(["r</think>first", "r</think>second", "cut"])
+  solution = run(
+    block("reasoning_cache", tmp_path), Model({"reason_template": lambda *_: next(replies)})
+  )
+  assert solution.proof == "second" and [t.proof for t in solution.turns] == ["first", "second", ""]
+
+
+def test_a_failed_summary_keeps_the_one_before(tmp_path):
+  summaries = iter(["s1", ChatError("down")])
+  config = block("reasoning_cache", tmp_path)
+  solution = run(config, Model({"summarise_template": lambda *_: next(summaries)}))
+  assert [t.summary_before for t in solution.turns] == ["", "s1", "s1"]
+  assert [c.error for c in solution.calls] == ["", "", "", "down", ""]
+
+
+def test_a_single_pass_is_the_first_turn_of_a_cache(tmp_path):
+  """Same prompt, same seed: their samples are the same."""
+  direct, cache = Model(), Model()
+  run(block("direct", tmp_path), direct, seed=5)
+  run(block("reasoning_cache", tmp_path), cache, seed=5)
+  assert direct.asked[0][1] == cache.asked[0][1] == turn_seed(5, "reason", 1)
