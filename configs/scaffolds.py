@@ -228,12 +228,14 @@ TINY_PROMPTS = {
   "approach_template": "tiny_plan",
   "plan_template": "tiny_plan",
 }
-# What fits into 128 tokens a conversation, and into a demonstration.
+# What fits into 128 tokens a prompt, and into a demonstration. The planner does not fit: where its
+# conversation becomes too long it ends, and one proof is made directly.
 TINY_COUNTS = {
   "deepseek_math": {"pool_size": 4, "verifications": 4, "iterations": 2, "best": 4},
-  "rsa": {"population": 8, "rounds": 3},
+  "rsa": {"population": 8, "subset": 2, "rounds": 3},
   "selfcheck": {"correct_count": 2, "error_count": 3, "max_iterations": 4},
-  "nomos": {"solutions": 8, "target_perfect": 4, "max_kept": 4},
+  "nomos": {"solutions": 8, "target_perfect": 2, "max_kept": 2},
+  "static_agent": {"slots": 2},
   "planner": {"max_calls": 4},
 }
 
