@@ -2,8 +2,11 @@
 
 import asyncio
 import dataclasses
+import json
+import zlib
 
 import pytest
+from fake_endpoint import client, error, said, serve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripted_model import PLAN, PROBLEM, SMALL, Killed, Model, block, calls_tools, decides, small
@@ -271,6 +274,33 @@ MOST = {
   "deepseek_math_cache": 2 * 3 + 2 + 2,
   "rsa_cache": 2 * 3 + 2 * (1 + 3) + 1,
 }
+
+
+def test_an_endpoint_that_was_down_for_a_while_is_asked_only_for_the_rest(tmp_path):
+  """Over HTTP the client's own cache does what the journal does for the engine."""
+  config, down, answered = small("rsa", tmp_path), {2, 3}, []
+
+  def script(number, request):
+    if number in down:
+      return error(503)
+    answered.append(json.dumps(request["body"], sort_keys=True))
+    return said(f"proof {zlib.crc32(answered[-1].encode())}", reasoning="r")
+
+  async def once(server):
+    chat = client(server, cache=tmp_path / "c", attempts=1)
+    try:
+      return await scaffolds.prepare(config)(PROBLEM, chat, seed=3)
+    finally:
+      await chat.close()
+
+  with serve(script) as server:
+    first = asyncio.run(once(server))
+    assert sum(bool(call.error) for call in first.calls) == 2
+    again = asyncio.run(once(server))
+    assert not any(call.error for call in again.calls)
+    assert len(server.requests) > len(again.calls)
+    assert len(set(answered)) == len(answered) == len(server.requests) - 2
+    assert calls.spent(again.calls).calls == len(server.requests) - len(first.calls)
 
 
 # --- nesting
