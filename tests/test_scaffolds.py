@@ -131,6 +131,51 @@ def test_each_kind_of_call_has_its_own_budget(tmp_path):
   assert budgets == {("prompt", 13), ("verify_template", 12), ("refine_template", 11)}
 
 
+def test_depth_is_that_of_the_longest_branch_wherever_it_is():
+  """Four calls, three of them in the first branch, then one that waits for all."""
+
+  async def chain(asked, length):
+    for i in range(length):
+      await asked.answer("link", "@link", 0, length, i, sampling={})
+    return length
+
+  async def main():
+    asked = calls.Calls.of(Model())
+    lengths = await calls.together(
+      [chain(asked, 3), calls.together([chain(asked, 1)]), chain(asked, 0)]
+    )
+    await asked.answer("end", "@end", 0, sampling={})
+    return lengths, asked.solution(PROBLEM, "p").calls
+
+  lengths, made = asyncio.run(main())
+  assert lengths == [3, [1], 0]
+  assert [(c.stage, c.depth) for c in made] == [
+    ("link", 1), ("link", 2), ("link", 3), ("link", 1), ("end", 4)
+  ]  # fmt: skip
+
+
+def test_a_branch_that_raises_ends_the_others():
+  """They are cancelled and waited for, so that nothing is paid for a run that is over."""
+  log = []
+
+  async def slow():
+    try:
+      await asyncio.sleep(60)
+    finally:
+      log.append("ended")
+
+  async def fails():
+    await asyncio.sleep(0)
+    raise Killed
+
+  async def main():
+    with pytest.raises(Killed):
+      await calls.together([slow(), fails(), slow()])
+    assert log == ["ended", "ended"]
+
+  asyncio.run(asyncio.wait_for(main(), 30))
+
+
 # --- what is paid, and what survives
 
 
@@ -378,6 +423,19 @@ def test_an_unreadable_verification_is_no_zero(tmp_path):
   assert stages(solution) == {"reason": 1, "verify": 8, "refine": 1}
 
 
+def test_an_unreadable_verification_leaves_the_mean_alone(tmp_path):
+  """One 1 and three that cannot be read are better than four times 0.5."""
+  made, scores = iter("AB"), {"A": ["1", "x", "x", "x"], "B": ["0.5"] * 4}
+
+  def verify(_, messages):
+    name = messages[0]["content"].partition("proof=[")[2][0]
+    return f"r</think><verdict>{scores[name].pop()}</verdict>"
+
+  config = block("deepseek_math", tmp_path, pool_size=2, iterations=0)
+  model = Model({"prompt": lambda *_: f"r</think>{next(made)}", "verify_template": verify})
+  assert run(config, model).proof == "A"
+
+
 def test_a_report_that_the_meta_verifiers_reject_does_not_count(tmp_path):
   config = block(
     "deepseek_math", tmp_path, pool_size=1, verifications=3, meta_verifications=3, iterations=1
@@ -412,19 +470,37 @@ def test_circulant_subsets_use_every_member_equally_often(count, size, seed):
       assert {used.count(i) for i in range(count)} == {min(size, count)}
 
 
-def test_a_choice_that_cannot_be_read_is_a_coin_and_not_the_last(tmp_path):
+@pytest.mark.parametrize("choice", ["<verdict>equal</verdict>", "<verdict>3</verdict>", "the last"])
+def test_a_choice_that_cannot_be_read_is_a_coin_and_not_the_last(tmp_path, choice):
   """Over many seeds each of two proofs wins about half of the time."""
-  config = block("rsa", tmp_path, population=2, rounds=0)
-  names = ["A", "B"]
+  config = block("static_agent", tmp_path, slots=2, per_slot=1, verifications=0)
   wins = []
-  for seed in range(200):
-    made = iter(names)
-    model = Model({
-      "prompt": lambda *_, made=made: f"r</think>{next(made)}",
-      "select_template": "r</think>equal",
-    })  # fmt: skip
-    wins.append(run(config, model, seed=seed).proof)
-  assert 70 < wins.count("A") < 130
+  for seed in range(60):
+    model = Model({"select_template": f"r</think>{choice}"})
+    solution = run(config, model, seed=seed)
+    first = solution.calls[0].completion.text
+    wins.append(solution.proof in first)
+  assert 15 < sum(wins) < 45
+
+
+def test_a_readable_choice_is_taken(tmp_path):
+  config = block("static_agent", tmp_path, slots=3, per_slot=1, verifications=0)
+  solution = run(config, Model({"select_template": decides("2")}))
+  assert solution.proof in solution.calls[1].completion.text
+
+
+def test_an_improvement_without_a_proof_keeps_the_proof(tmp_path):
+  config = block("static_agent", tmp_path, slots=1, per_slot=1)
+  solution = run(config, Model({"improve_template": "a thought without end"}))
+  assert solution.proof in solution.calls[0].completion.text and solution.proof
+
+
+def test_slots_with_an_approach_follow_it(tmp_path):
+  config = block("static_agent", tmp_path, slots=0, approaches=3, per_slot=1, verifications=0)
+  solution = run(config, Model())
+  assert stages(solution) == {"approaches": 1, "solve": 2, "reason": 1, "select": 1}
+  asked = [c.messages[0]["content"] for c in solution.calls if c.stage == "solve"]
+  assert "approach=[a]" in asked[0] and "approach=[b]" in asked[1]
 
 
 def test_selfcheck_starts_to_count_again_after_a_failure(tmp_path):
