@@ -8,6 +8,7 @@ import zlib
 from ml_collections import ConfigDict
 
 from configs import scaffolds as blocks
+from qed_jax import scaffolds
 from qed_jax.records import Completion, Problem, Usage
 
 PROBLEM = Problem(id="p", statement=r"Show that $\{x\} < 1$; {proof} is no placeholder.")
@@ -145,3 +146,14 @@ ANSWERS = {
   "approaches_template": lambda *_: "r</think><approach>a</approach> <approach>b</approach>",
   "plan_template": calls_tools(*PLAN),
 }
+
+
+def run(config, chat, seed=3, **how):
+  """The solution of PROBLEM."""
+  return asyncio.run(scaffolds.prepare(config)(PROBLEM, chat, seed=seed, **how))
+
+
+def stages(solution) -> dict[str, int]:
+  """How many calls of each kind."""
+  names = [call.stage for call in solution.calls]
+  return {name: names.count(name) for name in dict.fromkeys(names)}

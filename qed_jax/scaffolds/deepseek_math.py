@@ -11,9 +11,10 @@ readable scores are 1, and more than half can be read.
 
 Failure. A generation or refinement without a proof is dropped. A verification that fails or cannot
 be read is no score at all (in QED-Nano it was 0). A proof without any score ranks just above a
-refuted one. With meta_verifications, an analysis that found fault counts only if more than half of
-its readable meta-verifications uphold it, or none can be read; so the paper labels proofs, while
-its search, like the released script, does without (meta_verifications = 0).
+refuted one, and is refined without a report. With meta_verifications, an analysis that found fault
+counts only if more than half of its readable meta-verifications uphold it, or none can be read; so
+the paper labels proofs, while its search, like the released script, does without
+(meta_verifications = 0).
 
 Other departures: equal means are ranked by the score that the author gave itself, as in the
 released script, then by age; the facts of QED-Nano's agent leave open whether its two analyses
