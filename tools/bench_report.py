@@ -1,11 +1,12 @@
 """How quickly report.py's page opens, scrolls and shows a problem, with 5,000 attempts in it.
 
-Writes two made-up runs over the same problems, with proofs full of formulas, makes the page with
-report.py, and opens it in headless Chromium, from the disk as a reader would. Printed at the end, as
-one line of JSON: seconds to make the page, its megabytes, milliseconds from the navigation to the
-first paint and to the list of problems with the first one shown, frames a second of the list while
-it is scrolled from end to end (and the longest frame), and milliseconds to show another problem.
-The medians of --repeats openings.
+Writes two made-up runs over the same problems, with proofs full of formulas and of words that
+compress badly, makes the page with report.py, and opens it in headless Chromium, from the disk as a
+reader would. Printed at the end, as one line of JSON: seconds to make the page, megabytes of the
+runs and of the page, milliseconds from the navigation to the first paint, to the list of problems,
+and to the first problem shown with its proof; frames a second of the list while it is scrolled from
+end to end, and the longest frame; and milliseconds to show another problem. The medians of
+--repeats openings.
 
   python tools/bench_report.py --attempts=5000
 """
@@ -57,19 +58,26 @@ SHOW = """(async () => {
 })()"""
 
 
-def prose(rng: random.Random, characters: int) -> str:
-  """Paragraphs of about that many characters."""
+def vocabulary(rng: random.Random) -> list[str]:
+  """Words that no two runs of zlib would call the same, the first ones the most frequent."""
+  letters = "etaoinshrdlucmfwypvbgk"
+  return ["".join(rng.choices(letters, k=rng.randint(2, 9))) for _ in range(5_000)]
+
+
+def prose(rng: random.Random, words: list[str], characters: int) -> str:
+  """Paragraphs of about that many characters: a formula, then made-up words, many of them rare."""
   parts, size = [], 0
   while size < characters:
-    words = " ".join(f"{rng.choice(SENTENCES)} (step {rng.randrange(10**6)})" for _ in range(3))
-    parts.append(words)
-    size += len(words) + 2
+    frequent = [words[int(len(words) * rng.random() ** 3)] for _ in range(rng.randint(20, 60))]
+    parts.append(f"{rng.choice(SENTENCES)} {' '.join(frequent)} $x_{{{rng.randrange(999)}}}$.")
+    size += len(parts[-1]) + 2
   return "\n\n".join(parts)
 
 
 def make_runs(folder: Path, attempts: int, samples: int, reasoning: int, proof: int) -> None:
   """Two evaluations of attempts / 2 each. reasoning, proof: characters of a text."""
   rng = random.Random(0)  # noqa: S311
+  words = vocabulary(rng)
   problems = max(1, attempts // (2 * samples))
   for run in ("first", "second"):
     (folder / run).mkdir(parents=True)
@@ -79,9 +87,9 @@ def make_runs(folder: Path, attempts: int, samples: int, reasoning: int, proof: 
           score = rng.choice([None, 0, 0, 1, 3, 6, 7, 7])
           row = {
             "problem_id": f"made-{p:05d}",
-            "problem": f"Problem {p}. {rng.choice(SENTENCES)} {rng.choice(SENTENCES)}",
-            "rubric": prose(rng, 1_500),
-            "reference": prose(rng, 2_000),
+            "problem": f"Problem {p}. {SENTENCES[p % len(SENTENCES)]} Prove it.",
+            "rubric": prose(rng, words, 1_500),
+            "reference": prose(rng, words, 2_000),
             "benchmark": BENCHMARKS[p % len(BENCHMARKS)],
             "category": AREAS[p % len(AREAS)],
             "level": str(p % 5),
@@ -90,15 +98,13 @@ def make_runs(folder: Path, attempts: int, samples: int, reasoning: int, proof: 
             "judge": "made up",
             "sample": sample,
             "turn": 1,
-            "reasoning": prose(rng, reasoning),
-            "proof": prose(rng, proof),
+            "reasoning": prose(rng, words, reasoning),
+            "proof": prose(rng, words, proof),
             "score": score,
-            "feedback": prose(rng, 400),
+            "feedback": prose(rng, words, 400),
             "finish_reason": rng.choice(["stop", "stop", "stop", "length"]),
             "tokens": (reasoning + proof) // 3,
           }
-          # The statement of a problem is the same in both runs.
-          row["problem"] = f"Problem {p}. {SENTENCES[p % len(SENTENCES)]} Prove it."
           file.write(json.dumps(row) + "\n")
 
 
@@ -111,6 +117,7 @@ def measure(page: Path) -> dict[str, float]:
     browser.until("performance.getEntriesByName('first-contentful-paint').length")
     found = {
       "first_paint_ms": browser.value(paint),
+      "list_ms": browser.value("performance.getEntriesByName('list-ready')[0].startTime"),
       "ready_ms": browser.value("performance.getEntriesByName('problems-ready')[0].startTime"),
     }
     scrolled = browser.value(SCROLL)
@@ -143,6 +150,7 @@ def main() -> int:
     figures = {
       "attempts": args.attempts,
       "make_s": round(time.monotonic() - begun, 1),
+      "text_megabytes": round(sum(f.stat().st_size for f in page.parent.rglob("*.jsonl")) / 1e6, 1),
       "megabytes": round(page.stat().st_size / 1e6, 1),
     }
     rounds = [measure(page) for _ in range(args.repeats)]

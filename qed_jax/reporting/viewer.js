@@ -6,6 +6,7 @@ const byId = (id) => document.getElementById(id);
 const LINE = 60; // pixels of a line of the list, as in page.css
 const SPARE = 8; // lines above and below those in sight
 const SLICE = 8; // milliseconds of rendering before the browser may draw
+const SHORT = 600; // characters; a part that is no longer is open from the start
 const SEARCHED = 50; // attempts between two looks at the clock
 const KINDS = {
   solved: (mean) => mean !== null && mean >= 6,
@@ -39,8 +40,12 @@ async function unpack(packed) {
   return new Response(plain).json();
 }
 
+// The texts stand behind this script, and may take a second to arrive.
+const whole = new Promise((done) => addEventListener("DOMContentLoaded", done));
+
 // Text i: out of the page, or from the server that the page came from.
 async function load(i) {
+  if (index.ends) await whole;
   if (index.ends) return unpack(byId("texts").firstChild.data.slice(index.ends[i - 1] || 0, index.ends[i]));
   const answer = await fetch(new URL(`texts/${i}`, location.origin + location.pathname));
   if (!answer.ok) throw new Error(`the server answered ${answer.status}`);
@@ -264,7 +269,7 @@ function part(title, text, open) {
     if (node.open && !body.firstChild) write(body, text);
   };
   node.addEventListener("toggle", fill);
-  node.open = open;
+  node.open = open || text.length < SHORT;
   fill();
   return node;
 }
@@ -321,7 +326,7 @@ async function column(run, p, own) {
   const turns = element("div");
   const buttons = new Map();
   for (const [n, i] of attempts.entries()) {
-    const button = element("button", "", `${index.attempts.sample[i] || n + 1} `, badge(lastScore(i)));
+    const button = element("button", "", `#${index.attempts.sample[i] || n + 1} `, badge(lastScore(i)));
     button.type = "button";
     button.addEventListener("click", () => showAttempt(turns, i, buttons, own));
     buttons.set(i, button);
@@ -429,6 +434,7 @@ async function start() {
   });
   const linked = fromAddress();
   await filter();
+  performance.mark("list-ready");
   if (linked >= 0) {
     await go(linked);
     byId("problems").scrollIntoView();
