@@ -57,8 +57,8 @@ def render(roots: Sequence[Path], longest: int | None) -> tuple[str, Figure | No
   library = attempts.read(roots, notes)
   evaluated = [run for run in library.runs if not run.training]
   benchmarks = [row for run in evaluated for row in scores.by_benchmark(run, library)]
-  if not any(row["benchmark"] for row in benchmarks):
-    benchmarks = []
+  if rows and not any(row["benchmark"] for row in benchmarks):
+    benchmarks = []  # the summaries say the same
   benchmarks.sort(key=lambda row: row["benchmark"])
   scored = [row for row in benchmarks if "score" in row]
   curves = {run.label: scores.by_turn(run) for run in evaluated}

@@ -113,9 +113,10 @@ class Browser:
     return [m["params"] for m in self.log if m.get("method") in kinds]
 
   def requests(self) -> list[str]:
-    """The addresses that were asked for since the page was opened."""
+    """The addresses outside of the page that were asked for since it was opened."""
     asked = [m["params"] for m in self.log if m.get("method") == "Network.requestWillBeSent"]
-    return [params["request"]["url"] for params in asked]
+    urls = [params["request"]["url"] for params in asked]
+    return [url for url in urls if not url.startswith("data:")]
 
   def close(self) -> None:
     self.process.terminate()

@@ -5,6 +5,7 @@ are the turns of one attempt. The texts stay in the files, which may be larger t
 """
 
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -86,10 +87,20 @@ def read(roots: Sequence[Path], notes: list[str]) -> Library:
   for kind in ("eval.jsonl", "samples.jsonl"):
     found = reading.find(roots, kind)
     for run, path in found:
-      library.runs.extend(read_file(run, path, kind != "eval.jsonl", library.problems, seen, notes))
+      for found_run in read_file(run, path, kind != "eval.jsonl", library.problems, seen, notes):
+        taken = {r.label for r in library.runs}
+        label = next(x for x in names(found_run.label, run) if x not in taken)
+        library.runs.append(dataclasses.replace(found_run, label=label))
     if not found and kind == "eval.jsonl":
       notes.append("eval.jsonl is not there: no evaluated proofs to read.")
   return library
+
+
+def names(label: str, run: str) -> Iterator[str]:
+  """What a run may be called, for runs of the same label."""
+  yield label
+  yield f"{label} ({run})"
+  yield from (f"{label} ({run}, {i})" for i in itertools.count(2))
 
 
 def read_file(

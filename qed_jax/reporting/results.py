@@ -29,7 +29,7 @@ def read(roots: Sequence[Path], notes: list[str]) -> list[dict]:
         "by_length": points(row.get("by_length"), "length"),
       })  # fmt: skip
   if not found:
-    notes.append("eval_summary.json is not there: nothing here was evaluated.")
+    notes.append("eval_summary.json is not there: no evaluation was finished.")
   return results
 
 

@@ -42,6 +42,9 @@ function formula(tex, display, source) {
     if (tex.length > LONGEST_FORMULA) throw new RangeError("too long");
     temml.render(tex, node, { ...TEMML, displayMode: display });
     if (deeper(node, DEEPEST_FORMULA)) throw new RangeError("too deep");
+    // \ref would be a link to anywhere on the page, and \label an id that the page's scripts use.
+    if (node.querySelector("a")) throw new RangeError("a link");
+    for (const named of node.querySelectorAll("[id]")) named.removeAttribute("id");
   } catch (error) {
     node.replaceChildren(element("code", "", source));
   }
