@@ -461,3 +461,30 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path, capsys):
   with pytest.raises(SystemExit) as stop:
     report.main([f"--workdir={tmp_path / 'nope'}"])
   assert "nope is not a local folder" in str(stop.value) and "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize(
+  ("flags", "said"),
+  [
+    ([], "name folders that hold runs"),
+    (["{0}", "--longest=0"], "--longest=0 leaves no text"),
+    (["{0}", "--serve", "--out=x.html"], "a served page is not written"),
+    (["{0}", "--serve", "--port=99999"], "--port=99999 cannot be listened at"),
+  ],
+)
+def test_mistakes_on_the_command_line_are_one_line(tmp_path, flags, said):
+  """What is wrong, with its value, and what to do."""
+  with pytest.raises(SystemExit) as stop:
+    report.main([flag.format(tmp_path) for flag in flags])
+  assert said in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_several_runs_make_one_page(tmp_path, monkeypatch, capsys):
+  """Runs from different places are told apart by their folders; the page goes to where one is."""
+  monkeypatch.chdir(tmp_path)
+  for place in ("a", "b"):
+    make_evaluation(tmp_path / place / "eval", "model", 1, 1, text=f"x {place}")
+  report.main(["a", "b"])
+  assert capsys.readouterr().out.strip() == "report.html"
+  text = " ".join(Page((tmp_path / "report.html").read_text()).text)
+  assert "model (b/eval)" in text

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qed_jax.reporting import attempts, scores, viewer
+from qed_jax.reporting import attempts, figures, scores, viewer
 
 
 def write(folder, rows, name="eval.jsonl"):
@@ -197,3 +197,18 @@ def test_roots_inside_one_another_count_once(tmp_path):
   write(tmp_path / "demo" / "eval", [graded("a", 3)])
   library, _ = read(tmp_path / "demo", tmp_path / "demo" / "eval")
   assert [run.label for run in library.runs] == ["eval"]
+
+
+def test_pictures_stay_small_whatever_the_number_of_runs():
+  """Forty runs on forty benchmarks make a picture of the first ones, not one as tall as a house."""
+  interval = {"score": 3.0, "low": 2.0, "high": 4.0}
+  rows = [{"run": f"r{i}", "benchmark": f"b{j}"} | interval for i in range(40) for j in range(40)]
+  curves = {f"r{i}": [{"turn": 1, "tokens": 10.0 * i} | interval] for i in range(1, 40)}
+  judge = {"counts": [[1] * 8] * 8, "curve": [{"human": 1} | interval]}
+  judges = [judge | {"run": f"judge {i}"} for i in range(40)]
+  for figure in (
+    figures.by_benchmark(rows),
+    figures.by_tokens(curves),
+    figures.calibration(judges),
+  ):
+    assert figure.get_figheight() < 40

@@ -17,6 +17,7 @@ PANELS = (
 )  # fmt: skip
 MOST_POINTS = 400
 MOST_LINES = 8
+MOST_DRAWN = 12  # runs, and benchmarks, of one picture; tables have all
 ACROSS = 3  # pictures of judges beside one another
 
 INK, GRID = "#24292f", "#d0d7de"
@@ -149,9 +150,10 @@ def colours(rows: list[dict], key: str) -> dict[str, str]:
 
 
 def by_benchmark(rows: list[dict]) -> Figure:
-  """Benchmarks down the page, in each a point with its interval for every run that has a score."""
-  colour = colours(rows, "run")
-  names = list(dict.fromkeys(row["benchmark"] for row in rows))
+  """Benchmarks down the page, in each a point with its interval for each of the first runs."""
+  colour = dict(list(colours(rows, "run").items())[:MOST_DRAWN])
+  names = list(dict.fromkeys(row["benchmark"] for row in rows if row["run"] in colour))[:MOST_DRAWN]
+  rows = [row for row in rows if row["run"] in colour and row["benchmark"] in names]
   height = 1.4 + len(names) * max(0.5, 0.2 * len(colour))
   figure = Figure(figsize=(11, height), layout="constrained")
   ax = figure.subplots()
@@ -169,7 +171,8 @@ def by_benchmark(rows: list[dict]) -> Figure:
 
 
 def by_tokens(curves: dict[str, list[dict]]) -> Figure:
-  """Score after each turn over the tokens written up to there, a line for every run."""
+  """Score after each turn over the tokens written up to there, a line for each run drawn."""
+  curves = dict(list(curves.items())[:MOST_DRAWN])
   figure = Figure(figsize=(11, max(3.6, 0.8 + 0.19 * len(curves))), layout="constrained")
   ax = figure.subplots()
   for i, (run, points) in enumerate(curves.items()):
@@ -184,7 +187,8 @@ def by_tokens(curves: dict[str, list[dict]]) -> Figure:
 
 
 def calibration(judges: list[dict]) -> Figure:
-  """For every judge: how often it gave which grade for people's, and its mean with an interval."""
+  """Of each judge drawn how often it gave which grade for people's, and its mean with interval."""
+  judges = judges[:MOST_DRAWN]
   down = math.ceil(len(judges) / ACROSS)
   figure = Figure(figsize=(11, 3.5 * down), layout="constrained")
   places = figure.subplots(down, ACROSS, squeeze=False).flatten()
