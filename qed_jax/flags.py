@@ -20,6 +20,9 @@ POSITIVE = {
   "deadline_s", "concurrency", "samples_per_problem", "retries", "timeout_s", "problems_at_once",
   "votes", "outage_after", "canary_window",
   "choices", "prompt_tokens", "body_bytes", "body_s", "step_s", "data", "sequence", "tensor",
+  "pool_size", "best", "refinements", "analyses", "population", "subset", "solutions", "max_kept",
+  "correct_count", "error_count", "max_iterations", "per_slot", "max_calls", "max_solutions",
+  "max_approaches",
 }  # fmt: skip
 CHOICES = {
   "job": ("sft", "rl", "cache_rl"),
@@ -38,6 +41,8 @@ CHOICES = {
   "placement": ("colocated", "split"),
   "api": ("chat", "responses"),
   "aggregate": ("median", "mean", "min"),
+  "subsets_by": ("circulant", "random"),
+  "select": ("knockout", "random"),
 }  # fmt: skip
 SIGNED = {"fsdp"}
 
