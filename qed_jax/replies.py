@@ -11,7 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 END_THINK = "</think>"
-_COUNTS = re.compile(rb'"input_tokens": (\d+), "output_tokens": (\d+)\}\}\s*$')  # ends a line kept
+# How a kept line ends; what follows the counts is short.
+_COUNTS = re.compile(
+  rb'"input_tokens": (\d+), "output_tokens": (\d+)[^"]*(?:"seconds"[^"]*)?\}\}\s*$'
+)
 
 
 class Malformed(ValueError):
@@ -159,7 +162,7 @@ class ReplyCache:
       for line in lines:
         if match := re.match(rb'\{"key": "([0-9a-f]{64})"', line):
           self._spans[match[1].decode()] = (start, len(line))
-          if counts := _COUNTS.search(line[-80:]):
+          if counts := _COUNTS.search(line[-140:]):
             read, written = read + int(counts[1]), written + int(counts[2])
         start += len(line)
     self._torn = not line.endswith(b"\n")
