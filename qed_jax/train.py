@@ -16,11 +16,13 @@ from etils import epath
 
 from qed_jax import flags, metrics, optim, sharding, workdir
 from qed_jax.checkpoint import Checkpoints
+from qed_jax.evaluation.held_out import HeldOut
 from qed_jax.model import flops, qwen3
 from qed_jax.objectives import finalise, merge, policy_gradient, sft
 from qed_jax.rollout import jobs, policy
 
-RESUMABLE = ("log", "checkpoint", "judge")  # fields that may change between two runs of a workdir
+# Fields that may change between two runs of a workdir.
+RESUMABLE = ("log", "checkpoint", "judge", "eval")
 
 
 def main(config, folder: str) -> None:
@@ -77,6 +79,8 @@ def main(config, folder: str) -> None:
   progress = metrics.Progress(config.job, first, config.steps)
   phases = metrics.Phases()
   health = Health(root, config.max_skipped_steps)
+  held_out = HeldOut(config, model, mesh, tokenizer, root, first, stopped)
+  held_out.evaluate(first, state["params"], writer)
   step = first
   for step in range(first, config.steps):
     with phases("data"):
@@ -100,6 +104,7 @@ def main(config, folder: str) -> None:
     checkpoints.check()
     if (step + 1) % config.checkpoint.every == 0:
       checkpoints.save(step + 1, state, {"stream": stream.state()})
+    held_out.evaluate(step + 1, state["params"], writer)
   else:
     step = config.steps
 
@@ -112,6 +117,7 @@ def main(config, folder: str) -> None:
   stream.close()
   writer.close()
   samples.close()
+  held_out.close()
   progress.close()
   print(f"{'stopped' if step < config.steps else 'finished'} at step {step}: {root}", flush=True)
 
