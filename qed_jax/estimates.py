@@ -6,6 +6,7 @@ as well would count that twice. Pure functions of numbers; a score that is missi
 whoever calls, and counted there.
 """
 
+import functools
 import math
 from collections.abc import Hashable, Sequence
 
@@ -13,7 +14,7 @@ import numpy as np
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-AT_ONCE = 2**22  # random indices in memory
+REMEMBERED = 1_024  # values whose draws are kept: 41 MB
 
 
 def bootstrap(values, seed: int = 0) -> tuple[float, float, float]:
@@ -25,11 +26,11 @@ def bootstrap(values, seed: int = 0) -> tuple[float, float, float]:
   values_I = np.asarray(values, float)
   if values_I.size == 0:
     raise ValueError("no values to take the mean of: every grade is missing")
-  means = np.concatenate(
-    [values_I[index].mean(axis=1) for index in _resamples(len(values_I), seed)]
-  )
+  mean = values_I.mean()
+  # Of deviations, so that values that are all equal have an interval that is exactly a point.
+  means = mean + _resampled(values_I - mean, seed) / values_I.size
   low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-  return float(values_I.mean()), float(low), float(high)
+  return float(mean), float(low), float(high)
 
 
 def bootstrap_ratio(sums, counts, seed: int = 0) -> tuple[float, float, float]:
@@ -40,20 +41,27 @@ def bootstrap_ratio(sums, counts, seed: int = 0) -> tuple[float, float, float]:
   sums_I, counts_I = np.asarray(sums, float), np.asarray(counts, float)
   if sums_I.size == 0:
     raise ValueError("no values to take the mean of: every grade is missing")
-  ratios = np.concatenate([
-    sums_I[index].sum(axis=1) / counts_I[index].sum(axis=1)
-    for index in _resamples(len(sums_I), seed)
-  ])  # fmt: skip
+  ratios = _resampled(sums_I, seed) / _resampled(counts_I, seed)
   low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
   return float(sums_I.sum() / counts_I.sum()), float(low), float(high)
 
 
-def _resamples(size: int, seed: int):
-  """RESAMPLES rows of `size` indices, some rows at a time."""
+def _resampled(values_I, seed: int):
+  """[RESAMPLES] sums of `values_I` drawn anew, as many as they are."""
+  size, rng = len(values_I), np.random.default_rng(seed)
+  if size <= REMEMBERED:
+    return _draws(size, seed) @ values_I.astype(np.float32)
+  sums = [values_I[rng.integers(0, size, size)].sum() for _ in range(RESAMPLES)]
+  return np.array(sums)
+
+
+@functools.lru_cache(maxsize=3)  # a summary asks for the same ones again and again
+def _draws(size: int, seed: int):
+  """[RESAMPLES, size]: how often each value is drawn; float32, as the product wants it."""
   rng = np.random.default_rng(seed)
-  at_once = max(1, AT_ONCE // size)
-  for start in range(0, RESAMPLES, at_once):
-    yield rng.integers(0, size, (min(at_once, RESAMPLES - start), size))
+  index = rng.integers(0, size, (RESAMPLES, size)) + size * np.arange(RESAMPLES)[:, None]
+  counts = np.bincount(index.ravel(), minlength=RESAMPLES * size)
+  return counts.astype(np.float32).reshape(RESAMPLES, size)
 
 
 def standard_error(values) -> float | None:

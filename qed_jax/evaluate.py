@@ -78,13 +78,13 @@ def study_judge(config, root: epath.Path) -> None:
   with results.Results(root / judges.ROWS) as rows:
     check_judge(rows.rows, config, root / judges.ROWS)
     done = {row["sample"] for row in rows.rows}
-    missing = [(proof, key) for key, proof in proofs.items() if key not in done]
+    missing = [(proof.problem, key) for key, proof in proofs.items() if key not in done]
     failed = []
     if missing:
       grade = jobs.grader(config.judge, root)
       workdir.write_run_files(root, config.to_dict())
       benchmark = config.data.name or config.data.source
-      one = judges.marker(grade, benchmark=benchmark, judge=name, prices=prices)
+      one = judges.marker(proofs, grade, benchmark=benchmark, judge=name, prices=prices)
       failed = asyncio.run(finish(config, missing, one, rows, len(proofs)))
     known = [row for row in rows.rows if row["sample"] in proofs]
     found = judges.summarise(

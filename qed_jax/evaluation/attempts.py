@@ -47,9 +47,9 @@ async def run(
 ) -> list[str]:
   """done(await one(*pair)) for every pair, `at_once` of them in flight -> lines about failed ones.
 
-  A pair is something and its number; what one returns is given to `done` in the event loop, in the
-  order in which pairs end. Raises ValueError, one line, after so many failures in a row without a
-  success between them. Whatever else is raised ends the run; what is done has been given out.
+  What `one` returns is given to `done` in the event loop, in the order in which pairs end. Raises
+  ValueError, one line, after so many failures in a row without a success between them. Whatever
+  else is raised ends the run; what is done has been given out.
   """
   pairs = iter(pairs)
   failed: list[str] = []
@@ -57,12 +57,12 @@ async def run(
 
   async def worker() -> None:
     nonlocal in_a_row
-    for what, number in pairs:
+    for problem, sample in pairs:
       try:
-        result = await one(what, number)
+        result = await one(problem, sample)
       except FAILURES as error:
         in_a_row += 1
-        failed.append(f"{what.id}, sample {number}: {error or type(error).__name__}")
+        failed.append(f"{problem.id}, sample {sample}: {error or type(error).__name__}")
         if in_a_row >= failures_in_a_row:
           raise ValueError(
             f"{in_a_row} attempts failed one after the other, the last with: "

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from qed_jax import estimates
 from qed_jax.evaluation import sources
 from qed_jax.evaluation.rows import OUTAGE, Prices, dollars
-from qed_jax.records import Grade, GradedProof
+from qed_jax.records import Grade, GradedProof, Problem
 
 ROWS, SUMMARY = "judge_rows.jsonl", "judge_summary.json"
 
@@ -51,11 +51,12 @@ def row(
   }
 
 
-def marker(grade, *, benchmark: str, judge: str, prices: Prices):
-  """async (GradedProof, its id) -> rows, for attempts.run. Raises Failed during an outage."""
+def marker(proofs: dict[str, GradedProof], grade, *, benchmark: str, judge: str, prices: Prices):
+  """async (problem, a proof's id) -> rows, for attempts.run. Raises Failed during an outage."""
 
-  async def one(proof: GradedProof, proof_id: str) -> list[dict]:
-    given = await grade(proof.problem, proof.proof)
+  async def one(problem: Problem, proof_id: str) -> list[dict]:
+    proof = proofs[proof_id]
+    given = await grade(problem, proof.proof)
     if given.score is None and given.reason.startswith(OUTAGE):
       raise Failed(given.reason)
     return [row(proof, proof_id, given, benchmark=benchmark, judge=judge, prices=prices)]

@@ -46,6 +46,7 @@ class Results:
       print(f"{self.path}: took out {len(removed)} line(s) that a kill left unfinished", flush=True)
       kept = epath.Path(f"{os.fspath(self.path)}.removed")
       kept.write_text((kept.read_text() if kept.exists() else "") + "\n".join(removed) + "\n")
+    if removed or text[-1:] not in ("", "\n"):
       self._write_all()
     self._open()
 
