@@ -105,6 +105,9 @@ def main(config, folder: str) -> None:
     if (step + 1) % config.checkpoint.every == 0:
       checkpoints.save(step + 1, state, {"stream": stream.state()})
     held_out.evaluate(step + 1, state["params"], writer)
+    if stopped():  # in an evaluation, say: the run that resumes finishes it before the next step
+      step += 1
+      break
   else:
     step = config.steps
 

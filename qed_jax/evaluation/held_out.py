@@ -90,9 +90,9 @@ class HeldOut:
   def _evaluate(self, params, step: int) -> dict[str, float]:
     block = self.config.eval
     if self._problems is None:
-      self._problems = sources.problems(block.data, block.judge, self.config.seed)
       self.root.mkdir(parents=True, exist_ok=True)
       self._grade = jobs.grader(block.judge, self.root)
+      self._problems = sources.problems(block.data, block.judge, self.config.seed)
     rows = self._open(step)
     samples = block.samples_per_problem
     done = {(row["problem_id"], row["sample"]) for row in rows}
