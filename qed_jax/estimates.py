@@ -14,7 +14,7 @@ import numpy as np
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-REMEMBERED = 1_024  # values whose draws are kept: 41 MB
+REMEMBERED = 512  # values whose draws are kept: 41 MB
 
 
 def bootstrap(values, seed: int = 0) -> tuple[float, float, float]:
@@ -26,11 +26,9 @@ def bootstrap(values, seed: int = 0) -> tuple[float, float, float]:
   values_I = np.asarray(values, float)
   if values_I.size == 0:
     raise ValueError("no values to take the mean of: every grade is missing")
-  mean = values_I.mean()
-  # Of deviations, so that values that are all equal have an interval that is exactly a point.
-  means = mean + _resampled(values_I - mean, seed) / values_I.size
+  means = _resampled(values_I, seed) / values_I.size
   low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-  return float(mean), float(low), float(high)
+  return float(values_I.mean()), float(low), float(high)
 
 
 def bootstrap_ratio(sums, counts, seed: int = 0) -> tuple[float, float, float]:
@@ -50,18 +48,18 @@ def _resampled(values_I, seed: int):
   """[RESAMPLES] sums of `values_I` drawn anew, as many as they are."""
   size, rng = len(values_I), np.random.default_rng(seed)
   if size <= REMEMBERED:
-    return _draws(size, seed) @ values_I.astype(np.float32)
+    return _draws(size, seed) @ values_I
   sums = [values_I[rng.integers(0, size, size)].sum() for _ in range(RESAMPLES)]
   return np.array(sums)
 
 
 @functools.lru_cache(maxsize=3)  # a summary asks for the same ones again and again
 def _draws(size: int, seed: int):
-  """[RESAMPLES, size]: how often each value is drawn; float32, as the product wants it."""
+  """[RESAMPLES, size]: how often each value is drawn, as floats for a product."""
   rng = np.random.default_rng(seed)
   index = rng.integers(0, size, (RESAMPLES, size)) + size * np.arange(RESAMPLES)[:, None]
   counts = np.bincount(index.ravel(), minlength=RESAMPLES * size)
-  return counts.astype(np.float32).reshape(RESAMPLES, size)
+  return counts.astype(float).reshape(RESAMPLES, size)
 
 
 def standard_error(values) -> float | None:
