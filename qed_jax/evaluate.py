@@ -49,16 +49,13 @@ def main(config, folder: str) -> None:
     done = {(row["problem_id"], row["sample"]) for row in rows.rows}
     missing = [(p, s) for s in range(samples) for p in problems if (p.id, s) not in done]
     outages = [row for row in rows.rows if attempts.is_outage(row)]
+    grade = chat = summariser = None
     if missing or outages:
       grade = jobs.grader(config.judge, root)
     if missing:
       chat, summariser = open_chats(config, root)
     workdir.write_run_files(root, config.to_dict())
-    if outages:
-      asyncio.run(grade_outages(config, rows, grade, prices))
-    failed = []
-    if missing:
-      failed = asyncio.run(solve(config, missing, rows, chat, summariser, grade, prices))
+    failed = asyncio.run(finish(config, rows, missing, outages, chat, summariser, grade))
     found = summary.summarise(
       rows.rows,
       problems,
@@ -85,7 +82,7 @@ def study_judge(config, root: epath.Path) -> None:
       workdir.write_run_files(root, config.to_dict())
       benchmark = config.data.name or config.data.source
       one = judges.marker(proofs, grade, benchmark=benchmark, judge=name, prices=prices)
-      failed = asyncio.run(finish(config, missing, one, rows, len(proofs)))
+      failed = asyncio.run(closing(run(config, missing, one, rows, len(proofs)), grade))
     known = [row for row in rows.rows if row["sample"] in proofs]
     found = judges.summarise(
       known, len(proofs), label=config.label or name, prices=prices, seed=config.seed
@@ -93,36 +90,56 @@ def study_judge(config, root: epath.Path) -> None:
   report(root / judges.SUMMARY, found, judges.table(found), failed)
 
 
-async def solve(config, missing, rows, chat, summariser, grade, prices: Prices) -> list[str]:
-  """The missing attempts, each written when it is done -> lines about those that failed."""
-  one = attempts.attempt(
-    scaffolds.prepare(config.scaffold),
-    chat,
-    grade,
-    seed=config.seed,
-    labels=Labels(
-      config.data.name or config.data.source,
-      config.scaffold.name,
-      config.label or model_name(config),
-      judge_name(config.judge),
-    ),
-    prices=prices,
-    summariser=summariser,
-  )
+async def finish(config, rows: results.Results, missing, outages, chat, summariser, grade):
+  """Grades what an outage left, runs what is missing -> lines about attempts that failed."""
+  prices, label = Prices(**config.prices), config.label or model_name(config)
+
+  async def work() -> list[str]:
+    if outages:
+      new, mended = await attempts.grade_again(
+        rows.rows, grade, prices, at_once=config.problems_at_once
+      )
+      rows.replace(new)
+      print(f"{label}: {mended} proofs have the grade that an outage had left out", flush=True)
+    if not missing:
+      return []
+    one = attempts.attempt(
+      scaffolds.prepare(config.scaffold),
+      chat,
+      grade,
+      seed=config.seed,
+      labels=Labels(
+        config.data.name or config.data.source,
+        config.scaffold.name,
+        label,
+        judge_name(config.judge),
+      ),
+      prices=prices,
+      summariser=summariser,
+    )
+    return await run(config, missing, one, rows, len(missing))
+
   try:
-    return await finish(config, missing, one, rows, len(missing))
+    return await closing(work(), chat, summariser, grade)
   except ValueError as error:
     if isinstance(error.__cause__, ChatError) and config.endpoint.model:
       where = f"address in {config.endpoint.base_url_env}, key in {config.endpoint.api_key_env}"
       raise ValueError(f"{error} ({where})") from error
     raise
+
+
+async def closing(work, *opened):
+  """The result of `work`; then connections and caches are closed, where there are any."""
+  try:
+    return await work
   finally:
-    for opened in {chat, summariser}:
-      if isinstance(opened, HttpChat):
-        await opened.close()
+    for one in opened:
+      if hasattr(one, "close"):
+        await one.close()
 
 
-async def finish(config, missing, one, rows: results.Results, total: int) -> list[str]:
+async def run(config, missing, one, rows: results.Results, total: int) -> list[str]:
+  """attempts.run into the file of rows, with a line at every tenth."""
   every = max(1, total // 10)
   done = total - len(missing)
 
@@ -131,7 +148,7 @@ async def finish(config, missing, one, rows: results.Results, total: int) -> lis
     rows.append(new)
     done += 1
     if done % every == 0:
-      print(f"{new[0]['benchmark']}: {done} of {total} graded", flush=True)
+      print(f"{config.label or model_name(config)}: {done} of {total} done", flush=True)
 
   return await attempts.run(
     missing,
@@ -140,15 +157,6 @@ async def finish(config, missing, one, rows: results.Results, total: int) -> lis
     at_once=config.problems_at_once,
     failures_in_a_row=config.failures_in_a_row,
   )
-
-
-async def grade_outages(config, rows: results.Results, grade, prices: Prices) -> None:
-  """Proofs that stayed without a grade because the judge was away: they are not solved again."""
-  new, mended = await attempts.grade_again(
-    rows.rows, grade, prices, at_once=config.problems_at_once
-  )
-  rows.replace(new)
-  print(f"{mended} proofs got the grade that an outage of the judge had left out", flush=True)
 
 
 def check_judge(rows: list[dict], config, path: epath.Path) -> None:

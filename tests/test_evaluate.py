@@ -18,6 +18,7 @@ from qed_jax import evaluate, flags
 from qed_jax.chat import ChatError
 from qed_jax.evaluation import attempts, comparison, export, judges, results, rows, summary
 from qed_jax.records import Call, Completion, Grade, Problem, Solution, Usage
+from qed_jax.rollout.requests import RequestError
 
 ROOT = Path(__file__).parents[1]
 PRICES = rows.Prices(1.0, 10.0, 2.0, 20.0)
@@ -180,10 +181,10 @@ def test_each_attempt_is_written_when_it_is_done(tmp_path):
     most = max(most, flying)
     await (let_go.wait() if problem.id == "0" else asyncio.sleep(0))
     flying -= 1
-    return problem.id
+    return [row(problem.id)]
 
-  def write(result):
-    done.append(result)
+  def write(rows):
+    done.append(rows[0]["problem_id"])
     if len(done) == 19:
       let_go.set()
 
@@ -209,6 +210,18 @@ def test_a_failed_attempt_is_missing_and_asked_for_again(config, tmp_path, monke
   assert "HTTP 503" in said and "1 attempts failed" in said and "missing=1" in said
   chat = Scripted()
   assert run(config, tmp_path, chat, monkeypatch)["missing"] == 0 and chat.calls == 3
+
+
+def test_a_prompt_that_the_engine_cannot_take_is_one_missing_attempt(config, tmp_path, monkeypatch):
+  class Small(Scripted):
+    async def __call__(self, messages, **options):
+      if self.calls == 0:
+        self.calls += 1
+        raise RequestError("the prompt has 99 tokens, this engine takes 9")
+      return await super().__call__(messages, **options)
+
+  found = run(config, tmp_path, Small(), monkeypatch)
+  assert (found["missing"], found["n"]) == (1, 5)
 
 
 def test_failures_in_a_row_stop_the_run_in_one_line(config, tmp_path, monkeypatch):
@@ -541,6 +554,45 @@ def test_an_unknown_benchmark_is_one_line(tmp_path):
   config.data.source = "nowhere/at/all.jsonl"
   with pytest.raises(ValueError, match="does not exist"):
     evaluate.main(config, str(tmp_path / "run"))
+
+
+def test_problems_that_the_judge_cannot_mark_are_left_out_and_named(tmp_path, monkeypatch, capsys):
+  made = [{"problem": "Prove 1.", "rubric": "7 points"}, {"problem": "Prove 2.", "id": "bare"}]
+  found = run(of_file(tmp_path, made), tmp_path / "run", Scripted(), monkeypatch)
+  assert found["n"] == 1 and "left out 1 problems without a rubric, the first bare" in (
+    capsys.readouterr().out)  # fmt: skip
+
+
+def test_a_judge_that_gives_up_loses_no_proof(config, tmp_path, monkeypatch):
+  """Its error is an outage of that proof; after some in a row the run stops, and nothing is solved
+  again when the judge is back."""
+  config.problems_at_once, config.failures_in_a_row = 1, 3
+
+  async def gone(problem, proof):
+    raise ChatError("judge at host: no connection")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(evaluate, "open_chats", lambda *_: (Scripted(), None))
+    patch.setattr(evaluate.jobs, "grader", lambda *_: gone)
+    with pytest.raises(ValueError, match="3 attempts failed .* the judge failed: .*no connection"):
+      evaluate.main(config, str(tmp_path))
+  assert len(lines(tmp_path)) == 6 and all(r["score"] is None for r in lines(tmp_path))
+  chat = Scripted()
+  found = run(config, tmp_path, chat, monkeypatch)
+  assert chat.calls == 3 * 3 and found["n"] == 6 and found["invalid"] == 0
+
+
+def test_an_endpoint_that_somebody_has_to_mend_stops_at_once():
+  class Refused(ChatError, ValueError):
+    pass
+
+  async def one(problem, sample):
+    raise Refused("the budget is spent")
+
+  with pytest.raises(ValueError, match="1 attempts failed .*budget is spent"):
+    asyncio.run(attempts.run(
+      [(Problem("a", "s"), 0)] * 9, one, print, at_once=2, failures_in_a_row=99
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", ["nope", "tiny,proofbench", "rsa,direct", "tiny,judge"])

@@ -11,7 +11,7 @@ MAINS = {"train", "evaluate", "serve", "convert", "report"}
 # A floor imports lower floors; the parts of the ground also one another, without cycles.
 GROUND = {
   "records", "sharding", "chat", "prompts", "metrics", "optim", "checkpoint", "checksums",
-  "estimates", "figures", "flags", "host_memory", "host_state", "replies", "workdir",
+  "estimates", "figures", "flags", "host_memory", "host_state", "replies", "tracing", "workdir",
 }  # fmt: skip
 MIDDLE = {"model", "data", "objectives", "rewards", "scaffolds"}
 FLOORS = (GROUND, MIDDLE, {"rollout"}, {"serving", "evaluation"}, MAINS)

@@ -38,7 +38,7 @@ class Chat:
 
 @pytest.fixture
 def scripted(tmp_path, monkeypatch):
-  """make(first=, event=, stopped=) -> (HeldOut, its Chat, rows of metrics as they are written)."""
+  """make(first=, event=, stopped=) -> (HeldOut, its Chat, rows of metrics as they come, a log)."""
 
   def make(first=0, event=lambda number: None, stopped=lambda: False, **changes):
     config = evaluated(sft.get_config("tiny"))
@@ -51,7 +51,8 @@ def scripted(tmp_path, monkeypatch):
     part = held_out.HeldOut(config, None, None, None, tmp_path, first, stopped)
     written = []
     writer = types.SimpleNamespace(write=lambda step, values: written.append((step, values)))
-    return part, chat, written, writer
+    log = types.SimpleNamespace(settle=lambda: None, writer=writer)
+    return part, chat, written, log
 
   return make
 
@@ -64,9 +65,9 @@ def test_it_is_due_every_so_many_steps_and_never_at_zero(scripted):
 
 
 def test_a_row_of_metrics_and_rows_of_proofs(scripted, tmp_path):
-  part, chat, written, writer = scripted()
+  part, chat, written, log = scripted()
   for step in range(3):
-    part.evaluate(step, None, writer)
+    part.evaluate(step, None, log)
   assert [step for step, _ in written] == [0, 2] and chat.calls == 8
   values = written[-1][1]
   assert values["eval/n"] == 4 and values["eval/invalid"] == values["eval/missing"] == 0
@@ -87,22 +88,22 @@ def test_a_failure_is_one_line_and_a_count(where, scripted, tmp_path, monkeypatc
   def broken(number):
     raise RuntimeError("two\nlines")
 
-  part, _, written, writer = scripted(event=broken if where == "chat" else lambda number: None)
+  part, _, written, log = scripted(event=broken if where == "chat" else lambda number: None)
   block = part.config.eval
   kept = (block.judge.reward, block.data.source)
   if where == "judge":
     block.judge.reward = "rubric"
   elif where == "data":
     block.data.source = str(tmp_path / "nowhere.jsonl")
-  part.evaluate(0, None, writer)
-  part.evaluate(2, None, writer)
+  part.evaluate(0, None, log)
+  part.evaluate(2, None, log)
   assert [v["eval/failures"] for _, v in written] == [1, 2]
   assert all(v.keys() == {"eval/failures", "eval/seconds"} for _, v in written)
   out = capsys.readouterr().out.splitlines()
   assert len(out) == 2 and out[1].startswith("evaluation at step 2 failed, training goes on: ")
   if where != "chat":
     block.judge.reward, block.data.source = kept
-    part.evaluate(4, None, writer)
+    part.evaluate(4, None, log)
     assert written[-1][1]["eval/n"] == 4 and written[-1][1]["eval/failures"] == 2
 
 
@@ -111,15 +112,15 @@ def test_a_judge_that_is_away_leaves_proofs_invalid(scripted, monkeypatch):
     return Grade(None, "failed: HTTP 503")
 
   monkeypatch.setattr(held_out.jobs, "grader", lambda *_: away)
-  part, _, written, writer = scripted()
-  part.evaluate(0, None, writer)
+  part, _, written, log = scripted()
+  part.evaluate(0, None, log)
   [(_, values)] = written
   assert values["eval/invalid"] == 4 and "eval/score" not in values
 
 
 def test_a_stop_in_the_middle_is_finished_by_the_next_run(scripted, tmp_path):
   """SIGTERM after two of four: no metrics; the resumed run asks for the other two, once."""
-  part, chat, written, writer = scripted()
+  part, chat, written, log = scripted()
   stop = []
   part.stopped = lambda: bool(stop)
   chat.event = lambda number: stop.append(1) if number == 3 else None
@@ -129,17 +130,17 @@ def test_a_stop_in_the_middle_is_finished_by_the_next_run(scripted, tmp_path):
     await slow(0.01 if chat.calls < 3 else 3600)
 
   chat.chat = wrapped(chat.chat, wait)
-  part.evaluate(0, None, writer)
+  assert part.evaluate(0, None, log) is False
   assert written == [] and chat.calls == 3
   part.close()
-  again, chat, written, writer = scripted()
+  again, chat, written, log = scripted()
   assert again.due(0)
-  again.evaluate(0, None, writer)
+  again.evaluate(0, None, log)
   assert chat.calls == 2 and written[0][1]["eval/n"] == 4
   again.close()
-  third, chat, written, writer = scripted()
+  third, chat, written, log = scripted()
   assert not third.due(0) and third.due(2)
-  third.evaluate(0, None, writer)
+  assert third.evaluate(0, None, log) is True
   assert chat.calls == 0 and written == []
 
 
@@ -153,13 +154,13 @@ def wrapped(chat, wait):
 
 
 def test_rows_after_the_step_of_the_resume_are_dropped(scripted, tmp_path):
-  part, _, _, writer = scripted()
+  part, _, _, log = scripted()
   for step in (0, 2, 4):
-    part.evaluate(step, None, writer)
+    part.evaluate(step, None, log)
   part.close()
-  again, chat, written, writer = scripted(first=2)
+  again, chat, written, log = scripted(first=2)
   assert not again.due(2) and again.due(4)
-  again.evaluate(4, None, writer)
+  again.evaluate(4, None, log)
   again.close()
   assert chat.calls == 4
   steps = [r["step"] for r in rows_of(tmp_path / "held_out", "rows.jsonl")]

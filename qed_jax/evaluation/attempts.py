@@ -27,11 +27,18 @@ def attempt(
   brings those that one longer run would have brought.
   """
 
+  async def marked(problem: Problem, proof: str) -> Grade:
+    """A judge that gives up costs no proof: it is marked by the next run."""
+    try:
+      return await grade(problem, proof)
+    except FAILURES as error:
+      return Grade(None, f"{OUTAGE}: {one_line(error)}")
+
   async def one(problem: Problem, sample: int) -> list[dict]:
     solution = await solve(
       problem, chat, seed=turn_seed(seed, problem.id, sample), summariser=summariser
     )
-    grades = await asyncio.gather(*(grade(problem, proof) for proof in proofs(solution)))
+    grades = await asyncio.gather(*(marked(problem, proof) for proof in proofs(solution)))
     return rows_of(sample, solution, grades, labels, prices)
 
   return one
@@ -39,8 +46,8 @@ def attempt(
 
 async def run(
   pairs: Iterable[tuple[Problem, int]],
-  one: Callable[[Problem, int], Awaitable],
-  done: Callable[..., None],
+  one: Callable[[Problem, int], Awaitable[list[dict]]],
+  done: Callable[[list[dict]], None],
   *,
   at_once: int,
   failures_in_a_row: int,
@@ -55,23 +62,31 @@ async def run(
   failed: list[str] = []
   in_a_row = 0
 
+  def count(why: str, error: Exception | None = None) -> None:
+    nonlocal in_a_row
+    in_a_row += 1
+    # A ChatError that is a ValueError too says that nothing can succeed before somebody mends it.
+    hopeless = isinstance(error, ChatError) and isinstance(error, ValueError)
+    if in_a_row >= failures_in_a_row or hopeless:
+      raise ValueError(
+        f"{in_a_row} attempts failed one after the other, the last with: {why}; what is done is "
+        "kept: mend it and run the same command again"
+      ) from error
+
   async def worker() -> None:
     nonlocal in_a_row
     for problem, sample in pairs:
       try:
-        result = await one(problem, sample)
+        rows = await one(problem, sample)
       except FAILURES as error:
-        in_a_row += 1
-        failed.append(f"{problem.id}, sample {sample}: {error or type(error).__name__}")
-        if in_a_row >= failures_in_a_row:
-          raise ValueError(
-            f"{in_a_row} attempts failed one after the other, the last with: "
-            f"{error or type(error).__name__}; what is done is kept: mend it and run the same "
-            "command again"
-          ) from error
+        failed.append(f"{problem.id}, sample {sample}: {one_line(error)}")
+        count(one_line(error), error)
         continue
-      in_a_row = 0
-      done(result)
+      done(rows)
+      if outages := [row["reason"] for row in rows if is_outage(row)]:
+        count(f"the judge {outages[-1]}")
+      else:
+        in_a_row = 0
 
   workers = [asyncio.ensure_future(worker()) for _ in range(at_once)]
   try:
@@ -86,6 +101,10 @@ async def run(
 def is_outage(row: dict) -> bool:
   """Whether the proof has no grade because the judge could not be asked."""
   return row["score"] is None and row["reason"].startswith(OUTAGE)
+
+
+def one_line(error: Exception) -> str:
+  return " ".join(str(error).split()) or type(error).__name__
 
 
 async def grade_again(

@@ -22,6 +22,7 @@ from qed_jax.evaluation import attempts, sources, summary
 from qed_jax.evaluation.rows import Labels, Prices, judge_name
 from qed_jax.rollout import jobs
 from qed_jax.rollout.engine_chat import EngineChat
+from qed_jax.rollout.step_log import StepLog
 
 FOLDER, ROWS = "held_out", "rows.jsonl"
 STOP_POLL_S = 0.2  # how soon SIGTERM is seen
@@ -65,23 +66,28 @@ class HeldOut:
     lines = path.read_text().split("\n") if path.exists() else ()
     return json.dumps({"step": step, "finished": True}) in lines
 
-  def evaluate(self, step: int, params, writer: metrics.MetricWriter) -> None:
-    """If it is due after `step` updates, a row of metrics, eval/..., of the policy `params`."""
+  def evaluate(self, step: int, params, log: StepLog) -> bool:
+    """If it is due after `step` updates, a row of metrics, eval/..., of the policy `params`.
+
+    False when the program should stop; the run that resumes then finishes this evaluation.
+    """
     if not self.due(step):
-      return
+      return True
+    log.settle()
     began = time.perf_counter()
     measured = {}
     try:
       measured = self._evaluate(params, step)
     except Stopped:
-      return
+      return False
     except Exception as error:  # whatever it is, the run is worth more than its evaluation
       self.failures += 1
       why = " ".join(str(error).split()) or type(error).__name__
       print(f"evaluation at step {step} failed, training goes on: {why[:300]}", flush=True)
     seconds = time.perf_counter() - began
     measured |= {"eval/seconds": seconds, "eval/failures": self.failures}
-    writer.write(step, measured)
+    log.writer.write(step, measured)
+    return True
 
   def close(self) -> None:
     if self._log is not None:

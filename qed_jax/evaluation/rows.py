@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from qed_jax.records import Call, Grade, Problem, Solution
 from qed_jax.scaffolds.proof import split_proof
 
+MARKING = ("engine", "style", "template", "scale", "votes", "aggregate")  # what grades depend on
 OUTAGE = "failed"  # how the reason of a grade begins that may yet be had
 
 
@@ -89,9 +90,9 @@ def judge_name(judge) -> str:
   """Who marks, as rows name it; grades of two of these are not comparable."""
   if judge.reward != "rubric":
     return {"answer": "math-verify", "exact": "exact"}[judge.reward]
-  scale = "".join(map(str, judge.scale))
+  how = [f"{name} {judge[name]}" for name in MARKING if judge.get(name)]
   effort = f" {judge.reasoning_effort}" if judge.reasoning_effort else ""
-  return f"{judge.model}{effort}, prompt {judge.template}, scale {scale}"
+  return ", ".join([f"{judge.model}{effort}", *how])
 
 
 def _statement(problem: Problem) -> dict:

@@ -17,7 +17,7 @@ def problems(block, judge, seed: int) -> list[Problem]:
   """The first `block.problems` of a benchmark; of the tiny world, that many different ones.
 
   block: the config's source, revision, split, max_bad_share, problems. Raises ValueError, one line,
-  when the source cannot be read, or when the judge would have nothing to mark by.
+  when the source cannot be read, or when the judge has nothing to mark any of them by.
   """
   if block.source == TINY_WORLD:
     drawn = tiny_world.problems(seed, 2 * block.problems, block.split)
@@ -40,7 +40,8 @@ def problems(block, judge, seed: int) -> list[Problem]:
       "marks: set another judge.reward, or look at the names of the columns"
     )
   if lacking:
-    print(f"{len(lacking)} problems have no {need} and will have no grade, first {lacking[0]}")
+    print(f"left out {len(lacking)} problems without a {need}, the first {lacking[0]}", flush=True)
+  found = [problem for problem in found if getattr(problem, need)]
   return found[: block.problems]
 
 

@@ -33,9 +33,9 @@ def summarise(
   over. pass_score: from which score on a proof counts as correct in pass@k."""
   wanted = {(problem.id, sample) for problem in problems for sample in range(samples)}
   rows = [row for row in rows if (row["problem_id"], row["sample"]) in wanted]
-  turns = max((row["turns"] for row in rows), default=0)
+  turns = max((row["turns"] for row in rows), default=1)
   by_turn = [[r for r in rows if r["turn"] == turn] for turn in range(1, turns + 1)] or [[]]
-  first, last = by_turn[0], by_turn[-1]
+  first, last = by_turn[0], [row for row in rows if row["turn"] == row["turns"]]
   groups = {
     "by_level": ("level", _names(problems, "level")),
     "by_category": ("category", _names(problems, "category")),
