@@ -654,6 +654,7 @@ def test_a_served_policy_pays_for_a_call_once(tmp_path, monkeypatch):
   """The judge's side falls over after the model has answered: the rerun asks the server nothing."""
   with serve(lambda i, r: said(f"thought {i}</think>proof {i}")) as server:
     config = served(tmp_path, monkeypatch, server.url, key="sk-0123456789")
+    config.problems_at_once = 1  # what is in flight when a run ends is asked for again
 
     async def falls_over(problem, proof):
       raise RuntimeError("the disk is full")
@@ -662,8 +663,7 @@ def test_a_served_policy_pays_for_a_call_once(tmp_path, monkeypatch):
       patch.setattr(evaluate.jobs, "grader", lambda *_: falls_over)
       with pytest.raises(RuntimeError):
         evaluate.main(config, str(tmp_path / "run"))
-    asked = len(server.requests)
-    assert 1 <= asked <= 3
+    assert len(server.requests) == 1
     evaluate.main(config, str(tmp_path / "run"))
   assert len(server.requests) == 3
   written = lines(tmp_path / "run")
