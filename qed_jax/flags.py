@@ -22,6 +22,7 @@ POSITIVE = {
   "pool_size", "best", "refinements", "analyses", "population", "subset", "solutions", "max_kept",
   "correct_count", "error_count", "max_iterations", "per_slot", "max_calls", "max_solutions",
   "max_approaches",
+  "failures_in_a_row", "pass_score",
 }  # fmt: skip
 CHOICES = {
   "job": ("sft", "rl", "cache_rl"),
@@ -41,6 +42,7 @@ CHOICES = {
   "api": ("chat", "responses"),
   "subsets_by": ("circulant", "random"),
   "select": ("knockout", "random"),
+  "study": ("proofs", "judge"),
 }  # fmt: skip
 SIGNED = {"fsdp"}
 

@@ -17,18 +17,15 @@ from etils import epath
 from qed_jax import flags, optim, sharding, workdir
 from qed_jax.checkpoint import Checkpoints
 from qed_jax.data import packing
+from qed_jax.evaluation.held_out import HeldOut
 from qed_jax.model import flops, qwen3
 from qed_jax.objectives import merge, policy_gradient, sft
 from qed_jax.rollout import jobs, policy
 from qed_jax.rollout.step_log import Step, StepLog
 from qed_jax.tracing import Trace
 
-RESUMABLE = (
-  "log",
-  "checkpoint",
-  "judge",
-  "profile",
-)  # fields that may change between two runs of a workdir
+# Fields that may change between two runs of a workdir.
+RESUMABLE = ("log", "checkpoint", "judge", "profile", "eval")
 
 
 def main(config, folder: str) -> None:
@@ -88,8 +85,11 @@ def main(config, folder: str) -> None:
 
   # --- The loop ------------------------------------------------------------------------------
   log = StepLog(root, config, model, first, stream.lag)
+  held_out = HeldOut(config, model, mesh, tokenizer, root, first, stopped)
   step = first
   for step in range(first, config.steps):
+    if not held_out.evaluate(step, state["params"], log):
+      break
     if trace.before(step):
       log.settle()
       trace.stop()
@@ -110,6 +110,7 @@ def main(config, folder: str) -> None:
       checkpoints.save(step + 1, state, {"stream": stream.state()})
   else:
     step = config.steps
+    held_out.evaluate(step, state["params"], log)
 
   # --- The end, or SIGTERM ---------------------------------------------------------------------
   log.settle()
@@ -121,6 +122,7 @@ def main(config, folder: str) -> None:
   checkpoints.close()
   stream.close()
   log.close()
+  held_out.close()
   print(f"{'stopped' if step < config.steps else 'finished'} at step {step}: {root}", flush=True)
 
 

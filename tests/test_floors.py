@@ -11,10 +11,10 @@ MAINS = {"train", "evaluate", "serve", "convert", "report"}
 # A floor imports lower floors; the parts of the ground also one another, without cycles.
 GROUND = {
   "records", "sharding", "chat", "prompts", "metrics", "optim", "checkpoint", "checksums",
-  "flags", "host_memory", "host_state", "intervals", "journal", "replies", "tracing", "workdir",
+  "estimates", "flags", "host_memory", "host_state", "journal", "replies", "tracing", "workdir",
 }  # fmt: skip
 MIDDLE = {"model", "data", "objectives", "rewards", "scaffolds"}
-FLOORS = (GROUND, MIDDLE, {"rollout"}, {"serving", "reporting"}, MAINS)
+FLOORS = (GROUND, MIDDLE, {"rollout"}, {"serving", "evaluation", "reporting"}, MAINS)
 KERNELS_CALLERS = ("qed_jax/model/attention.py", "qed_jax/model/head.py")
 KERNELS_MAY_IMPORT = {"jax", "jaxlib", "numpy", "qed_kernels"}
 ORBAX_CALLER = "qed_jax/checkpoint.py"

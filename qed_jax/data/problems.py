@@ -16,6 +16,7 @@ COLUMNS = {
   "solution": ("solution", "reference_solution", "Solution"),
   "source": ("source", "Source", "competition", "dataset"),
   "level": ("level", "Level", "difficulty"),
+  "category": ("category", "Category"),
 }
 
 
