@@ -19,6 +19,7 @@ POSITIVE = {
   "page", "lanes", "prefill_rows", "prefill_tokens", "prefill_budget", "max_skipped_steps",
   "deadline_s", "concurrency", "samples_per_problem", "retries", "timeout_s", "problems_at_once",
   "choices", "prompt_tokens", "body_bytes", "body_s", "step_s", "data", "sequence", "tensor",
+  "ngram", "idle_s", "max_failures",
 }  # fmt: skip
 CHOICES = {
   "job": ("sft", "rl", "cache_rl"),
@@ -36,6 +37,7 @@ CHOICES = {
   "order": ("admission", "arrival"),
   "placement": ("colocated", "split"),
   "api": ("chat", "responses"),
+  "format": ("parquet", "jsonl"),
 }  # fmt: skip
 SIGNED = {"fsdp"}
 

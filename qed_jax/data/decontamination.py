@@ -6,10 +6,12 @@ type (dollars, \left, \, braces, spaces, punctuation) is nothing. Two statements
 
   exact      their tokens are equal, or those of one, at least MIN_CONTAINED of them, stand in the
              other as they are;
-  fuzzy      of the n-grams of the shorter one, in which every single letter reads the same so that
+  fuzzy      of the n-grams of the lighter one, in which every single letter reads the same so that
              renamed variables and points do not hide anything, the share that the other one has is
              at least the threshold. N-grams that many statements have ("for all positive integers
-             v") weigh less: each counts 1 / (number of indexed statements that have it).
+             v") weigh less: each counts 1 / (number of indexed statements that have it), and
+             nothing when more than COMMON have it. Where one has fewer than MIN_CONTAINED tokens,
+             it is the share of the heavier one's.
 
 Pure functions over text; the index is the one thing with a state.
 """
@@ -22,6 +24,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 MIN_CONTAINED = 12  # tokens; a shorter statement inside of another says little
+COMMON = 50
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\d+|[^\W\d_]+|[^\w\s]", re.UNICODE)
 # Commands and characters that only set type. Braces and "$" are among the characters.
 _SPACING = frozenset(
@@ -74,7 +77,7 @@ def tokens(text: str) -> list[Token]:
     word = match[0]
     if word.startswith("\\"):
       word = word[1:]
-      if word in _SPACING or not word[0].isalnum():
+      if word in _SPACING or not word[:1].isalnum():
         continue
     word = _NAMES.get(word, word)
     if word in _IGNORED or not word:
@@ -109,6 +112,7 @@ class Index:
     self._words: list[tuple[str, ...]] = []
     self._grams: list[set[tuple[str, ...]]] = []
     self._holders: dict[tuple[str, ...], list[int]] = collections.defaultdict(list)
+    self._whole: dict[tuple[str, ...], int] = {}
     for id_, text in statements:
       self.add(id_, text)
 
@@ -120,6 +124,7 @@ class Index:
     grams = ngrams(words, self._n)
     for gram in grams:
       self._holders[gram].append(len(self._ids))
+    self._whole.setdefault(words, len(self._ids))
     self._ids.append(id_)
     self._words.append(words)
     self._grams.append(grams)
@@ -128,25 +133,35 @@ class Index:
     """The indexed statement most like the text, exact before fuzzy, if one is like it at all."""
     found = tokens(text)
     words = tuple(token.text for token in found)
+    if words in self._whole:
+      return self._matched(text, found, self._whole[words], "exact", 1.0)
     grams = ngrams(words, self._n)
-    candidates = {holder for gram in grams for holder in self._holders.get(gram, ())}
-    best: tuple[bool, float, int] | None = None
-    for candidate in sorted(candidates):
+    shared: collections.Counter[int] = collections.Counter()
+    for gram in grams:
+      if weight := self._weight(gram):
+        for holder in self._holders.get(gram, ()):
+          shared[holder] += weight
+    total = sum(map(self._weight, grams))
+    best = (False, threshold, -1)
+    for candidate in sorted(shared):
       exact = _contained(words, self._words[candidate])
-      score = 1.0 if exact else self._share(grams, self._grams[candidate])
-      if (exact or score >= threshold) and (best is None or (exact, score) > best[:2]):
+      # Of a statement too short to say much, both have to be the same.
+      short, long = sorted((total, sum(map(self._weight, self._grams[candidate]))))
+      said = min(len(words), len(self._words[candidate])) >= MIN_CONTAINED
+      score = shared[candidate] / (short if said else long)
+      if (exact, score) > best[:2] or (best[2] < 0 and score >= threshold):
         best = (exact, score, candidate)
-    if best is None:
-      return None
     exact, score, candidate = best
-    kind = "exact" if exact else "fuzzy"
-    return Match(self._ids[candidate], kind, score, _passage(text, found, self._words[candidate]))
+    if candidate < 0:
+      return None
+    return self._matched(text, found, candidate, "exact" if exact else "fuzzy", min(score, 1.0))
 
-  def _share(self, grams: set, others: set) -> float:
-    """Share of the shorter one's grams, by weight, that the other has."""
-    few, many = (grams, others) if len(grams) <= len(others) else (others, grams)
-    weight = {gram: 1 / max(1, len(self._holders.get(gram, ()))) for gram in few}
-    return sum(w for gram, w in weight.items() if gram in many) / sum(weight.values())
+  def _weight(self, gram: tuple[str, ...]) -> float:
+    holders = len(self._holders.get(gram, ()))
+    return 0.0 if holders > COMMON else 1 / max(1, holders)
+
+  def _matched(self, text: str, found: list[Token], i: int, kind: str, score: float) -> Match:
+    return Match(self._ids[i], kind, score, _passage(text, found, self._words[i]))
 
 
 def _contained(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
