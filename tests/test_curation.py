@@ -73,7 +73,6 @@ def test_a_second_process_is_told(tmp_path):
 
 WRITER = """
 import sys
-from qed_jax.curation.chats import answer_of
 from qed_jax.curation.ledger import Ledger
 ledger = Ledger(sys.argv[1])
 for i in range(len(ledger), len(ledger) + 300):
