@@ -300,6 +300,7 @@ def tiny_policy(tmp_path_factory, tiny):
   return folder
 
 
+@pytest.mark.slow
 def test_the_in_process_engine_estimates_difficulty(tmp_path, capsys, tiny_policy):
   """A policy of this program under the exact grader, without any server; twice the same."""
   found = tiny_world.problems(0, 3, "heldout")

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from fake_endpoint import ASK, Handler, error, said, serve
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qed_jax.chat import ChatError, Endpoint
@@ -52,6 +52,7 @@ def test_a_ledger_gives_back_what_is_finished(tmp_path):
     assert ledger["c"] == {"n": 3} and len(ledger) == 3
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.binary(max_size=30)), st.dictionaries(st.text(), st.integers()))
 def test_a_ledger_opens_whatever_the_file_holds(tmp_path_factory, lines, records):
   """Foreign bytes are no records, and do not spoil those that come after them."""
@@ -334,6 +335,7 @@ def test_unclear_verdicts_are_refused(reply):
   assert "\n" not in str(told.value)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.text())
 def test_any_reply_is_a_verdict_or_refused(reply):
   for parse in (quality.parse, rubrics.scheme_of):
@@ -360,6 +362,7 @@ def test_pass_at_j_is_the_share_over_all_subsets():
   assert difficulty.pass_at(6, 3, 7) is None
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=128))
 def test_estimates_are_those_of_the_published_columns(scores):
   found = difficulty.estimates(scores)

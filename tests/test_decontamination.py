@@ -54,6 +54,7 @@ def test_what_means_another_thing_stays_apart(one, other):
   assert d.normalise(one) != d.normalise(other)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.text())
 def test_tokens_stand_where_they_say(text):
   """Positions rise and lie in the text, and normalising what is normalised changes nothing."""
@@ -127,6 +128,7 @@ def test_a_copy_is_always_found(texts, data):
     assert found.match(longer, **HOW).kind == "exact"
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.text(max_size=40), max_size=5), st.text(max_size=60))
 def test_any_text_is_compared(texts, text):
   """No text crashes it; a match has a score between threshold and 1 and a passage of the text."""

@@ -1,7 +1,7 @@
 """Marking schemes: what adds up passes, what does not is named."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qed_jax.data import marking_scheme
@@ -58,6 +58,7 @@ def test_faults_are_named(old, new, why):
   assert why in str(error.value) and "\n" not in str(error.value)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 9), max_size=6))
 def test_only_seven_points_pass(points):
   """Checkpoints of positive points pass exactly when their sum is 7."""
@@ -71,6 +72,7 @@ def test_only_seven_points_pass(points):
     assert not good
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.text(alphabet="#123. Chekpoints[]-*\nTotal(max7)\u0662", max_size=200) | st.text())
 def test_any_text_is_parsed_or_refused(text):
   """Nothing but a ValueError of one line."""
