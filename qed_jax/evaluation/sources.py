@@ -2,14 +2,10 @@
 
 import hashlib
 
-from qed_jax.data import problems as problem_files
-from qed_jax.data import rows, tiny_world
+from qed_jax.data import benchmarks, rows, tiny_world
 from qed_jax.records import GradedProof, Problem
 from qed_jax.rollout.jobs import TINY_WORLD
 
-# Column names of the proof and of people's score, beside those of a Problem.
-PROOF = ("proof", "model_solution", "response", "student_answer")
-SCORE = ("human", "expert_rating", "score", "points", "grade")
 NEEDS = {"rubric": "rubric", "answer": "answer", "exact": "rubric"}
 
 
@@ -22,15 +18,7 @@ def problems(block, judge, seed: int) -> list[Problem]:
   if block.source == TINY_WORLD:
     drawn = tiny_world.problems(seed, 2 * block.problems, block.split)
     return list({problem.id: problem for problem in drawn}.values())[: block.problems]
-  found, report = problem_files.load(
-    block.source,
-    revision=block.revision,
-    config="default",
-    split=block.split,
-    require=(),
-    reward_range=None,
-    max_bad_share=block.max_bad_share,
-  )
+  found, report = benchmarks.load(block.source, **_where(block))
   _name_bad(report)
   need = NEEDS[judge.reward]
   lacking = [problem.id for problem in found if not getattr(problem, need)]
@@ -48,28 +36,15 @@ def problems(block, judge, seed: int) -> list[Problem]:
 def graded(block) -> list[GradedProof]:
   """The first `block.problems` proofs with a score that people gave them.
 
-  Rows have a problem's columns, a proof and a score (PROOF, SCORE); a score that is no whole number
-  of 0..7 makes a bad row. Raises ValueError, one line, when the source cannot be read.
+  Raises ValueError, one line, when the source cannot be read.
   """
-  found, report = rows.load(
-    block.source,
-    _graded_row,
-    revision=block.revision,
-    config="default",
-    split=block.split,
-    max_bad_share=block.max_bad_share,
-  )
+  found, report = benchmarks.load_graded(block.source, **_where(block))
   _name_bad(report)
   return found[: block.problems]
 
 
-def _graded_row(row: rows.Row) -> GradedProof:
-  problem = problem_files.from_row(row, require=())
-  name = next((name for name in SCORE if row.get(name) is not None), SCORE[0])
-  score = rows.number(row, name)
-  if score not in range(8):
-    raise ValueError(f"{name} is {score:g}, not a whole number from 0 to 7")
-  return GradedProof(problem, rows.text(row, PROOF, required=True), int(score), problem.source)
+def _where(block) -> dict:
+  return {name: block[name] for name in ("revision", "split", "max_bad_share")}
 
 
 def proof_id(proof: GradedProof) -> str:
@@ -79,6 +54,8 @@ def proof_id(proof: GradedProof) -> str:
 
 
 def _name_bad(report: rows.Report) -> None:
+  for fault in report.repaired:
+    print(f"repaired {fault}", flush=True)
   for bad in report.bad[: rows.NAMED]:
     print(f"skipped {bad}", flush=True)
   if report.bad:
