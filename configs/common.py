@@ -7,6 +7,8 @@ code.
 
 from ml_collections import ConfigDict
 
+from configs import scaffolds
+
 QWEN3 = "Qwen/Qwen3-4B-Thinking-2507"
 QWEN3_INSTRUCT = "Qwen/Qwen3-4B-Instruct-2507"
 
@@ -51,9 +53,31 @@ def base() -> ConfigDict:
   })  # fmt: skip
   c.checkpoint = ConfigDict({"every": 50, "keep": 2})
   c.log = ConfigDict({"every": 1, "samples": 4})
+  c.eval = held_out()
   c.profile = ConfigDict({"steps": ()})  # (10, 13): a jax.profiler trace of steps 10, 11 and 12
   c.max_skipped_steps = 5  # non-finite updates in a row before the run stops
   return c
+
+
+def held_out() -> ConfigDict:
+  """Evaluation during training, on the test set of the release (qed_nano_rl.yaml)."""
+  return ConfigDict({
+    "interval": 0,  # updates between two evaluations, the first before any; 0 is never
+    "data": {
+      "source": "lm-provers/FineProofs-RL-test",
+      "revision": "main",
+      "split": "test",
+      "max_bad_share": 0.01,
+      "problems": 128,  # at most
+    },
+    "samples_per_problem": 1,
+    "pass_score": 6,
+    "problems_at_once": 64,
+    "failures_in_a_row": 8,
+    "scaffold": scaffolds.get("direct"),
+    "judge": rubric_judge(),
+    "rollout": engine(slots=64, max_length=49_920) | {"pages": 4_096},  # 39 GB at 4B, meanwhile
+  })  # fmt: skip
 
 
 def engine(slots: int, max_length: int) -> dict:
@@ -153,6 +177,10 @@ def tiny(c: ConfigDict) -> None:
   c.batch.update(row_length=128, rows=16)
   c.checkpoint.every = 100
   c.log.every = 10
+  c.eval.data.update(source="tiny_world", revision="", split="heldout", problems=64)
+  c.eval.scaffold = scaffolds.get("direct", tiny=True)
+  c.eval.judge = exact_judge()
+  c.eval.rollout.update(tiny_engine() | {"slots": 64, "pages": 0})
 
 
 def colab(c: ConfigDict) -> None:
@@ -161,3 +189,5 @@ def colab(c: ConfigDict) -> None:
   c.mesh.tensor = 1
   c.model.param_dtype = "bfloat16"
   c.checkpoint.every = 25
+  c.eval.rollout.update(slots=8, max_length=4_096, pages=0)
+  c.eval.scaffold.reason.max_tokens = 2_048

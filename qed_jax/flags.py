@@ -23,6 +23,8 @@ POSITIVE = {
   "pool_size", "best", "refinements", "analyses", "population", "subset", "solutions", "max_kept",
   "correct_count", "error_count", "max_iterations", "per_slot", "max_calls", "max_solutions",
   "max_approaches",
+  "failures_in_a_row", "pass_score",
+  "ngram", "idle_s", "max_failures",
 }  # fmt: skip
 CHOICES = {
   "job": ("sft", "rl", "cache_rl"),
@@ -43,6 +45,8 @@ CHOICES = {
   "aggregate": ("median", "mean", "min"),
   "subsets_by": ("circulant", "random"),
   "select": ("knockout", "random"),
+  "study": ("proofs", "judge"),
+  "format": ("parquet", "jsonl"),
 }  # fmt: skip
 SIGNED = {"fsdp"}
 

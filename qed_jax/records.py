@@ -21,6 +21,7 @@ class Problem:
   solution: str = ""
   source: str = ""
   level: str = ""
+  category: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

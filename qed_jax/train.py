@@ -18,18 +18,15 @@ from qed_jax import flags, optim, sharding, workdir
 from qed_jax.chat import Unavailable
 from qed_jax.checkpoint import Checkpoints
 from qed_jax.data import packing
+from qed_jax.evaluation.held_out import HeldOut
 from qed_jax.model import flops, qwen3
 from qed_jax.objectives import merge, policy_gradient, sft
 from qed_jax.rollout import jobs, policy
 from qed_jax.rollout.step_log import Step, StepLog
 from qed_jax.tracing import Trace
 
-RESUMABLE = (
-  "log",
-  "checkpoint",
-  "judge",
-  "profile",
-)  # fields that may change between two runs of a workdir
+# Fields that may change between two runs of a workdir.
+RESUMABLE = ("log", "checkpoint", "judge", "profile", "eval")
 
 
 def main(config, folder: str) -> None:
@@ -89,8 +86,11 @@ def main(config, folder: str) -> None:
 
   # --- The loop ------------------------------------------------------------------------------
   log = StepLog(root, config, model, first, stream.lag)
+  held_out = HeldOut(config, model, mesh, tokenizer, root, first, stopped)
   step, fault = first, None
   for step in range(first, config.steps):
+    if not held_out.evaluate(step, state["params"], log):
+      break
     if trace.before(step):
       log.settle()
       trace.stop()
@@ -114,6 +114,7 @@ def main(config, folder: str) -> None:
       checkpoints.save(step + 1, state, {"stream": stream.state()})
   else:
     step = config.steps
+    held_out.evaluate(step, state["params"], log)
 
   # --- The end, or SIGTERM ---------------------------------------------------------------------
   log.settle()
@@ -125,6 +126,7 @@ def main(config, folder: str) -> None:
   checkpoints.close()
   stream.close()
   log.close()
+  held_out.close()
   if fault is not None:
     raise fault
   print(f"{'stopped' if step < config.steps else 'finished'} at step {step}: {root}", flush=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from qed_jax import intervals
+from qed_jax import estimates
 from qed_jax.reporting.attempts import Library, Row, Run
 
 MOST_PAIRED = 8  # runs that are compared with one another, each with each
@@ -28,7 +28,7 @@ def means(rows: Iterable[tuple[int, Row]]) -> dict[int, float]:
 
 def estimate(values: Sequence[float]) -> dict:
   """score, low, high; {} without values."""
-  ends = zip(("score", "low", "high"), intervals.bootstrap(values), strict=True) if values else ()
+  ends = zip(("score", "low", "high"), estimates.bootstrap(values), strict=True) if values else ()
   return dict(ends)
 
 
