@@ -121,23 +121,42 @@ def rubric_judge() -> ConfigDict:
   """gpt-oss-20b, medium effort, over the endpoint that OPENAI_BASE_URL names (qed_nano_rl.yaml)."""
   return ConfigDict({
     "reward": "rubric",  # "rubric" (a judge model), "answer" (math-verify), "exact" (tiny world)
+    # "" asks the endpoint below; "policy" the policy itself; "init" (where the run began), a
+    # workdir, a Hugging Face folder or hub id: an engine of its own in this process.
+    "engine": "",
+    "engine_revision": "main",
     "model": "openai/gpt-oss-20b",
     "api": "responses",  # "responses" or "chat"
     "base_url_env": "OPENAI_BASE_URL",
     "api_key_env": "OPENAI_API_KEY",  # the name of the variable, never the key
-    "template": "judge",  # a file of qed_jax/prompts, or a path
-    "scale": (0, 1, 2, 3, 4, 5, 6, 7),
+    "style": "strict",  # or "reference", "imo" (0, 1, 6, 7), "parity" (reads as QED-Nano did)
+    "template": "",  # another text for the style: a file of qed_jax/prompts, or a path
     "temperature": 1.0,
     "max_tokens": 81_920,
     "reasoning_effort": "medium",
+    "min_chars": 100,  # of a proof; a shorter or longer one is a 0 without a call; 0 is no limit
+    "max_chars": 40_000,  # what the judge's context of 98,304 tokens has room for
     "samples": 3,  # replies asked for while they cannot be parsed
+    "votes": 1,  # independent readings of a proof
+    "aggregate": "median",  # what becomes of them: "median" (the lower one), "mean", "min"
     "retries": 3,  # requests for one reply
     "timeout_s": 900.0,  # of a request
     "deadline_s": 3600.0,  # of a reply, its retries and waits included
-    "concurrency": 64,
-    "token_budget": 0,  # read and written before the judge stops; 0 is no limit
+    "outage_after": 16,  # failures in a row that make it ask whether the endpoint is down
+    "patience_s": 7200.0,  # of an outage, while sampling and grading wait; then the run stops
+    "concurrency": 256,
+    "token_budget": 0,  # read and written before the run stops; 0 is no limit
+    "price_read": 0.0,  # dollars for a million tokens
+    "price_written": 0.0,
+    "money_budget": 0.0,  # dollars before the run stops; 0 is no limit
     "on_invalid": "mask",  # "zero" reproduces the original
     "cache": "judge.jsonl",
+    "canary_share": 0.01,  # of proofs that bring one of known score along
+    "canaries": "",  # JSONL of {statement, rubric, proof, score}; "" takes ours
+    "canary_window": 16,  # the last so many are looked at ...
+    "max_canary_error": 2.0,  # ... and stop the run where they are off by more points on average
+    "audit_share": 0.01,  # of gradings whose conversations are kept to be read
+    "audit": "judge_audit.jsonl",
   })  # fmt: skip
 
 

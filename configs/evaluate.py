@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from configs import common, scaffolds
 
-IMO_SCALE = {"template": "judge_imo", "scale": (0, 1, 6, 7)}
+IMO_SCALE = {"style": "imo"}
 BENCHMARKS = {
   "imo_proofbench": ({"source": "lm-provers/IMOProofBench", "problems": 60}, IMO_SCALE),
   "proofbench": ({"source": "lm-provers/ProofBench", "split": "24_25", "problems": 145}, {}),
@@ -86,7 +86,7 @@ def get_config(variant: str = "") -> ConfigDict:
   c.judge.update(judge)
   if study:
     c.data.update(source="lm-provers/matharena-gradingbench", problems=438)
-    c.judge.update(template="judge", scale=(0, 1, 2, 3, 4, 5, 6, 7))
+    c.judge.style = "strict"
   if tiny:
     c.model.dtype = "float32"
     c.data.update(source="tiny_world", revision="", split="heldout", problems=512)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from qed_jax import flags, optim, sharding, workdir
+from qed_jax.chat import Unavailable
 from qed_jax.checkpoint import Checkpoints
 from qed_jax.data import packing
 from qed_jax.evaluation.held_out import HeldOut
@@ -86,7 +87,7 @@ def main(config, folder: str) -> None:
   # --- The loop ------------------------------------------------------------------------------
   log = StepLog(root, config, model, first, stream.lag)
   held_out = HeldOut(config, model, mesh, tokenizer, root, first, stopped)
-  step = first
+  step, fault = first, None
   for step in range(first, config.steps):
     if not held_out.evaluate(step, state["params"], log):
       break
@@ -94,7 +95,10 @@ def main(config, folder: str) -> None:
       log.settle()
       trace.stop()
     began = time.perf_counter()
-    produced = stream.next(state["params"], step)
+    try:
+      produced = stream.next(state["params"], step)
+    except Unavailable as error:  # a judge that somebody has to mend: keep what was reached
+      produced, fault = None, error
     if produced is None:
       break
     batch, info, rollouts = produced
@@ -123,6 +127,8 @@ def main(config, folder: str) -> None:
   stream.close()
   log.close()
   held_out.close()
+  if fault is not None:
+    raise fault
   print(f"{'stopped' if step < config.steps else 'finished'} at step {step}: {root}", flush=True)
 
 

@@ -46,6 +46,7 @@ def config(job, source, **changes):
     c.concurrency = 3
   if "judge" in c:
     c.judge.update(model="judge", api="chat", retries=1, samples=1, deadline_s=20.0)
+    c.judge.update(min_chars=0, canary_share=0.0, audit_share=0.0, patience_s=0.0)
   for name, value in changes.items():
     block, *path = c, *name.split("__")
     for part in path[:-1]:

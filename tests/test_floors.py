@@ -10,8 +10,9 @@ ROOT = Path(__file__).parents[1]
 MAINS = {"train", "evaluate", "serve", "convert", "report", "curate"}
 # A floor imports lower floors; the parts of the ground also one another, without cycles.
 GROUND = {
-  "records", "sharding", "chat", "prompts", "metrics", "optim", "checkpoint", "checksums",
-  "estimates", "flags", "host_memory", "host_state", "journal", "replies", "tracing", "workdir",
+  "records", "sharding", "breaker", "chat", "prompts", "metrics", "optim", "checkpoint",
+  "checksums", "estimates", "flags", "host_memory", "host_state", "journal", "replies", "tracing",
+  "workdir",
 }  # fmt: skip
 MIDDLE = {"model", "data", "objectives", "rewards", "scaffolds"}
 ABOVE_ROLLOUT = {"serving", "evaluation", "curation", "reporting"}

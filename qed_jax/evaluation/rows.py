@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from qed_jax.records import Call, Grade, Problem, Solution
 from qed_jax.scaffolds.proof import split_proof
 
-MARKING = ("engine", "style", "template", "scale", "votes", "aggregate")  # what grades depend on
+MARKING = ("engine", "style", "template", "votes", "aggregate")  # what grades depend on
 OUTAGE = "failed"  # how the reason of a grade begins that may yet be had
 
 
