@@ -73,6 +73,9 @@ def get_config(variant: str = "") -> ConfigDict:
   c.samples_per_problem = 3
   c.pass_score = 6  # from here on a proof counts as correct in pass@k
   c.problems_at_once = 64  # attempts in flight
+  c.journal = (
+    "calls.jsonl"  # answers of engines in this process, for a run that goes on; "" is none
+  )
   c.failures_in_a_row = 8  # attempts, before the run stops
   c.scaffold = scaffolds.get((rest or ["reasoning_cache"])[0], tiny=tiny)
   c.rollout = ConfigDict(common.engine(slots=64, max_length=53_248))

@@ -339,14 +339,10 @@ class HttpChat:
     self.stats["requests"] += 1
     asked = sum(len(turn["content"]) for turn in body.get("messages") or body["input"])
     try:
-      data = json.dumps(body, ensure_ascii=False).encode()
-      async with (
-        asyncio.timeout(limit),
-        self._session.post(self._url, data=data, allow_redirects=False) as response,
-      ):
-        content = await response.read()
-      if response.status != 200:
-        return _of_status(response.status, response.headers, content, self._endpoint), None
+      async with asyncio.timeout(limit):
+        status, headers, content = await self._exchange(body)
+      if status != 200:
+        return _of_status(status, headers, content, self._endpoint), None
       reply = replies.read(content, self._endpoint.api, asked)
     except TimeoutError:
       return _Fault(f"no answer in {limit:.3g} s"), None
@@ -361,6 +357,12 @@ class HttpChat:
     self.stats["tokens"] += reply.input_tokens + reply.output_tokens
     blotted = {"reasoning": self._blot(reply.reasoning), "content": self._blot(reply.content)}
     return None, dataclasses.replace(reply, **blotted)
+
+  async def _exchange(self, body: dict[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+    """Status, headers and content of the answer to one request."""
+    data = json.dumps(body, ensure_ascii=False).encode()
+    async with self._session.post(self._url, data=data, allow_redirects=False) as response:
+      return response.status, response.headers, await response.read()
 
   async def _small_request(self):
     turn = {"role": "user", "content": "Are you there? Answer with one word."}

@@ -26,7 +26,8 @@ from qed_jax.chat import ChatError, Endpoint, HttpChat
 from qed_jax.data import tokenizer as tokenizers
 from qed_jax.evaluation import attempts, comparison, export, judges, results, sources, summary
 from qed_jax.evaluation.rows import Labels, Prices, judge_name
-from qed_jax.rollout import jobs, policy
+from qed_jax.journal import Journal
+from qed_jax.rollout import jobs, judging, policy
 from qed_jax.rollout.engine_chat import EngineChat
 
 # Fields that say how and how much, not what: rows that are there stay good when they change. The
@@ -52,6 +53,7 @@ def main(config, folder: str) -> None:
     grade = chat = summariser = None
     if missing or outages:
       grade = jobs.grader(config.judge, root)
+      judging.check(grade)
     if missing:
       chat, summariser = open_chats(config, root)
     workdir.write_run_files(root, config.to_dict())
@@ -79,6 +81,7 @@ def study_judge(config, root: epath.Path) -> None:
     failed = []
     if missing:
       grade = jobs.grader(config.judge, root)
+      judging.check(grade)
       workdir.write_run_files(root, config.to_dict())
       benchmark = config.data.name or config.data.source
       one = judges.marker(proofs, grade, benchmark=benchmark, judge=name, prices=prices)
@@ -186,10 +189,16 @@ def open_chats(config, root: epath.Path):
   """(the policy's chat, the summariser's or None)."""
   chat, summariser = open_chat(config, root), None
   if config.summariser:
-    summariser = load_chat(
-      config, config.summariser, config.summariser_revision, "config.summariser"
-    )
+    asked = config.summariser, config.summariser_revision, "config.summariser"
+    summariser = journaled(config, root, load_chat(config, *asked), config.summariser)
   return chat, summariser
+
+
+def journaled(config, root: epath.Path, chat, model: str):
+  """The chat with what it has answered on disk: a stopped attempt asks nothing twice."""
+  if not config.journal or "://" in str(root):
+    return chat
+  return Journal(chat, str(root / config.journal), model)
 
 
 def open_chat(config, root: epath.Path):
@@ -215,7 +224,8 @@ def open_chat(config, root: epath.Path):
     )
   if not config.policy:
     raise ValueError("config.policy is empty: name a workdir, a Hugging Face folder or a hub id")
-  return load_chat(config, config.policy, config.policy_revision, "config.policy", config.untrained)
+  chat = load_chat(config, config.policy, config.policy_revision, "config.policy", config.untrained)
+  return journaled(config, root, chat, config.policy)
 
 
 def load_chat(config, name: str, revision: str, field: str, untrained: bool = False):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from configs import evaluate as evaluate_config
 from qed_jax import evaluate, flags
-from qed_jax.chat import ChatError
+from qed_jax.chat import ChatError, Unavailable
 from qed_jax.evaluation import attempts, comparison, export, judges, results, rows, summary
 from qed_jax.records import Call, Completion, Grade, Problem, Solution, Usage
 from qed_jax.rollout.requests import RequestError
@@ -583,11 +583,8 @@ def test_a_judge_that_gives_up_loses_no_proof(config, tmp_path, monkeypatch):
 
 
 def test_an_endpoint_that_somebody_has_to_mend_stops_at_once():
-  class Refused(ChatError, ValueError):
-    pass
-
   async def one(problem, sample):
-    raise Refused("the budget is spent")
+    raise Unavailable("the budget is spent")
 
   with pytest.raises(ValueError, match="1 attempts failed .*budget is spent"):
     asyncio.run(attempts.run(

@@ -18,7 +18,7 @@ from qed_jax.curation import asking, chats
 from qed_jax.curation.dataset import Item, Outcome, key
 from qed_jax.curation.ledger import Ledger
 from qed_jax.records import Problem
-from qed_jax.rollout import jobs
+from qed_jax.rollout import jobs, judging
 from qed_jax.rollout.experience import sampling
 from qed_jax.scaffolds.proof import split_proof
 from qed_jax.scaffolds.reasoning_cache import turn_seed
@@ -63,6 +63,7 @@ async def run(config, root: pathlib.Path, items: list[Item]) -> Outcome:
   }
   chat = chats.open_chat(config, root)
   grade = jobs.grader(config.judge, epath.Path(root))
+  judging.check(grade)
   kept, dropped = [], []
   try:
     with Ledger(root / "attempts.jsonl") as attempts, Ledger(root / "grades.jsonl") as grades:

@@ -11,12 +11,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import openai
+import aiohttp
 
 from qed_jax import replies
 from qed_jax.chat import Endpoint, HttpChat
 
-EVENT, DONE = "data:", "[DONE]"
+EVENT, DONE = b"data:", b"[DONE]"
 
 
 class StreamingChat(HttpChat):
@@ -30,50 +30,41 @@ class StreamingChat(HttpChat):
     super().__init__(endpoint, **options)
     self._idle, self._broken, self._streams = idle_s, broken, True
 
-  async def _post(self, body: dict[str, Any]) -> replies.Reply:
+  async def _exchange(self, body: dict[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
     if not self._streams:
-      return await super()._post(body)
-    self.stats["requests"] += 1
-    rest = {name: value for name, value in body.items() if name != "messages"}
-    rest |= {"stream": True, "stream_options": {"include_usage": True}}
-    create = self._client.chat.completions.with_streaming_response.create
+      return await super()._exchange(body)
+    asked = body | {"stream": True, "stream_options": {"include_usage": True}}
+    data = json.dumps(asked, ensure_ascii=False).encode()
     text = _Text()
     try:
-      async with create(
-        model=body["model"], messages=body["messages"], extra_body=rest
-      ) as response:
-        if "text/event-stream" in response.headers.get("content-type", ""):
-          await self._read(response, text)
-          whole = text.body()
-        else:  # the server does not stream: this is the reply as always
-          whole = await response.read()
-    except openai.BadRequestError as error:
-      if "stream" not in str(error).lower():
-        raise
-      self._streams = False
-      return await super()._post(body)
+      async with self._session.post(self._url, data=data, allow_redirects=False) as response:
+        streamed = "text/event-stream" in response.headers.get("content-type", "")
+        if response.status == 200 and streamed:
+          await self._read(response.content, text)
+          return response.status, response.headers, text.body()
+        content = await response.read()  # a refusal, or a server that does not stream
     except (replies.Malformed, asyncio.CancelledError) as error:
       self._keep(body, text, error)
       raise
-    asked = sum(len(turn["content"]) for turn in body["messages"])
-    reply = replies.read(whole, "chat", asked)
-    return replies.Reply(
-      self._blot(reply.reasoning), self._blot(reply.content), reply.finish_reason,
-      reply.input_tokens, reply.output_tokens,
-    )  # fmt: skip
+    if response.status == 400 and b"stream" in content.lower():
+      self._streams = False
+      self.stats["requests"] += 1
+      return await super()._exchange(body)
+    return response.status, response.headers, content
 
-  async def _read(self, response: Any, text: "_Text") -> None:
-    lines = response.iter_lines()
-    while True:
+  async def _read(self, pieces: aiohttp.StreamReader, text: "_Text") -> None:
+    rest, ended = b"", False
+    while not ended:
       try:
         async with asyncio.timeout(self._idle):
-          line = await anext(lines, None)
-      except Exception as error:  # the transport's own kinds, which differ between its versions
+          piece = await pieces.readany()
+      except (aiohttp.ClientError, TimeoutError) as error:
         raise replies.Malformed(f"the stream {text.told()}: {type(error).__name__}") from error
-      if line is None:
-        break
-      if line.startswith(EVENT) and (data := line[len(EVENT) :].strip()) != DONE:
-        text.add(data)
+      ended = not piece
+      *lines, rest = (rest + piece + b"\n" * ended).split(b"\n")
+      for line in lines:
+        if line.startswith(EVENT) and (data := line[len(EVENT) :].strip()) != DONE:
+          text.add(data.decode(errors="replace"))
     if text.finish is None:
       raise replies.Malformed(f"the stream {text.told()} without an end")
 

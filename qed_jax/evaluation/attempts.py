@@ -8,13 +8,12 @@ endpoint that is wrong, and the run stops with what it said.
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-from qed_jax.chat import ChatError
+from qed_jax.chat import ChatError, Unavailable
 from qed_jax.evaluation.rows import OUTAGE, Labels, Prices, problem_of, proofs, regraded, rows_of
 from qed_jax.records import Grade, Problem
-from qed_jax.rollout.requests import RequestError
 from qed_jax.scaffolds.reasoning_cache import turn_seed
 
-FAILURES = (ChatError, RequestError, TimeoutError)
+FAILURES = (ChatError, TimeoutError)
 Grader = Callable[[Problem, str], Awaitable[Grade]]
 
 
@@ -65,9 +64,7 @@ async def run(
   def count(why: str, error: Exception | None = None) -> None:
     nonlocal in_a_row
     in_a_row += 1
-    # A ChatError that is a ValueError too says that nothing can succeed before somebody mends it.
-    hopeless = isinstance(error, ChatError) and isinstance(error, ValueError)
-    if in_a_row >= failures_in_a_row or hopeless:
+    if in_a_row >= failures_in_a_row or isinstance(error, Unavailable):
       raise ValueError(
         f"{in_a_row} attempts failed one after the other, the last with: {why}; what is done is "
         "kept: mend it and run the same command again"
