@@ -30,6 +30,13 @@ def base() -> ConfigDict:
     "attention": "auto",
     "score_chunk": 1024,
   })  # fmt: skip
+  # LoRA: an adapter is trained, and init's parameters stay as they are, in model.dtype. 0 is off.
+  c.lora = ConfigDict({
+    "rank": 0,
+    "alpha": 32.0,  # the change is scaled by alpha / rank
+    "targets": "all-linear",  # or ends of names with commas between: "q_proj,v_proj", "mlp.*"
+    "sampler": "unmerged",  # or "merged": a second copy of the weights for the sampler
+  })  # fmt: skip
   # Rows are split over data and fsdp, the tokens of a row over sequence, heads over tensor.
   c.mesh = ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1})
   c.optimizer = ConfigDict({

@@ -19,6 +19,7 @@ POSITIVE = {
   "page", "lanes", "prefill_rows", "prefill_tokens", "prefill_budget", "max_skipped_steps",
   "deadline_s", "concurrency", "samples_per_problem", "retries", "timeout_s", "problems_at_once",
   "choices", "prompt_tokens", "body_bytes", "body_s", "step_s", "data", "sequence", "tensor",
+  "alpha",
 }  # fmt: skip
 CHOICES = {
   "job": ("sft", "rl", "cache_rl"),
@@ -35,6 +36,7 @@ CHOICES = {
   "on_invalid": ("mask", "zero"),
   "order": ("admission", "arrival"),
   "placement": ("colocated", "split"),
+  "sampler": ("unmerged", "merged"),
   "api": ("chat", "responses"),
 }  # fmt: skip
 SIGNED = {"fsdp"}
