@@ -147,7 +147,7 @@ def letters_in(params: dict) -> dict:
 def merge(params: dict, dtype) -> dict:
   """Parameters whose Adapted are plain weights again: added up in float32, rounded once to `dtype`.
 
-  Jit it and donate the parameters: each weight then changes in place, a layer at a time.
+  Jitted with the weights donated, each changes in place, a layer at a time.
   """
 
   def one(path, x):

@@ -190,8 +190,12 @@ def _merged(start: Start, adapter: lora.Adapter, base: Base, model, abstract: di
   frozen = load_base(start, base, model, as_frozen, seed)
   own = abstract_adapter(adapter, model, leaf.sharding.mesh, "float32")
   trained = checkpoint.read_params(start.checkpoint or start.folder.parent, own)
-  merge = jax.jit(lora.merge, static_argnums=1, donate_argnums=0, out_shardings=layout)
-  return merge(lora.attach(frozen, trained, adapter.scale), leaf.dtype)
+
+  def merge(frozen, trained):
+    return lora.merge(lora.attach(frozen, trained, adapter.scale), leaf.dtype)
+
+  in_place = (0,) if leaf.dtype == base.dtype else ()
+  return jax.jit(merge, donate_argnums=in_place, out_shardings=layout)(frozen, trained)
 
 
 def read_adapter(start: Start) -> tuple[lora.Adapter, Base] | None:
