@@ -141,6 +141,25 @@ def test_the_same_adapter_goes_on_and_another_begins_on_the_merged_one(runs, tin
   assert policy.load_frozen(other, locate(tuned), config, wide, 0)[1] == of
 
 
+@pytest.mark.parametrize("sampler", ["unmerged", "merged"])
+def test_what_the_sampler_is_given(tiny, sampler):
+  """The frozen arrays themselves with the adapter beside them, or plain weights of the same sum."""
+  model, frozen = tiny
+  config = sft.get_config("tiny")
+  config.lora.sampler = sampler
+  trained = random_adapter(TWO, model)
+  given = qwen3.flatten(train.sampler_view(config, TWO, frozen)(trained))
+  up, q = (given[f"layers.{name}"] for name in ("mlp.up_proj", "self_attn.q_proj"))
+  if sampler == "unmerged":
+    assert up is frozen["layers"]["mlp"]["up_proj"]
+    assert q.w is frozen["layers"]["self_attn"]["q_proj"] and q.scale == 4.0
+  else:
+    merged = lora.merge(lora.attach(frozen, trained, 4.0), jnp.float32)
+    np.testing.assert_allclose(q, merged["layers"]["self_attn"]["q_proj"], atol=1e-6)
+  everything = train.sampler_view(config, None, {})
+  assert everything(frozen) is frozen
+
+
 # --- before any device work
 
 
@@ -224,7 +243,10 @@ def test_sft_of_an_adapter_learns_resumes_and_leaves_the_base_alone(started, tmp
 
   train.main(config(), str(tmp_path / "long"))
   losses = [row["loss"] for row in rows_of(tmp_path / "long")]
-  assert losses[0] == pytest.approx(rows_of(started)[-1]["loss"], rel=0.2)
+  full = config(2)
+  full.lora.rank = 0
+  train.main(full, str(tmp_path / "full"))
+  assert losses[0] == pytest.approx(rows_of(tmp_path / "full")[0]["loss"], rel=1e-6)
   assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
   train_whole_and_cut(lambda: config(4), tmp_path, monkeypatch)
   adapter = lora.from_config(config().lora)
@@ -238,12 +260,11 @@ def test_sft_of_an_adapter_learns_resumes_and_leaves_the_base_alone(started, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["unmerged", "merged"])
-def test_rl_of_an_adapter_samples_from_what_it_trains(started, tmp_path, sampler):
+def test_rl_of_an_adapter_samples_from_what_it_trains(started, tmp_path):
   """The sampler's log-probs are the trainer's at every step in step; the frozen summariser and the
   KL's reference are the policy that the run began from."""
   config = small(cache_rl.get_config("tiny"), 3)
-  config.init, config.lora.rank, config.lora.sampler = str(started), 4, sampler
+  config.init, config.lora.rank = str(started), 4
   config.objective.update(kl_coef=0.1, drop_dead_groups=False)
   config.optimizer.lr = 1e-2
   train.main(config, str(tmp_path / "rl"))
