@@ -320,12 +320,13 @@ def score(config: Qwen3Config, params: dict, batch, temperature: float, chunk: i
 
   Both are float32 [B, T], of logits / temperature, aligned at the target: 0 at the first token of a
   segment and on padding. No [T, V] array exists, forward or backward: logits stay inside a kernel,
-  or are made for `chunk` tokens of a row at a time.
+  or are made for `chunk` tokens of a row at a time. Beside an adapter the head is not trained.
   """
   model = bind(config, params)
   x_BTD = hidden(config, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
   target_BT = jnp.roll(batch.tokens_BT, -1, axis=1)
-  scores = score_tokens(x_BTD, model.head(), target_BT, temperature, chunk)
+  frozen = any(isinstance(x, Adapted) for x in flatten(params).values())
+  scores = score_tokens(x_BTD, model.head(), target_BT, temperature, chunk, frozen)
   behind = lambda x_BT: jnp.pad(x_BT, ((0, 0), (1, 0)))[:, :-1]  # noqa: E731
   scored_BT = (batch.segments_BT == behind(batch.segments_BT)) & (batch.segments_BT > 0)
   logp_BT, entropy_BT = (jnp.where(scored_BT, behind(x_BT), 0) for x_BT in scores)
