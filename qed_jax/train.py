@@ -48,6 +48,7 @@ def main(config, folder: str) -> None:
   if adapter is not None:
     frozen, base = policy.load_frozen(adapter, start, model, mesh, config.seed)
     policy.save_adapter(root / policy.DESCRIPTION, adapter, base)
+    print(f"training {lora.describe(adapter, model)}; {base.name} stays as it is", flush=True)
   if restored is None:
     first, host_state = 0, None
     params = policy.load_trained(adapter, start, model, abstract["params"], config.seed)

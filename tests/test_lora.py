@@ -94,6 +94,7 @@ def test_the_4b_model_trains_what_the_budget_says():
   """2.064 M parameters a unit of rank over all linear layers (36 x the sum of inputs + outputs)."""
   model = presets.from_preset("qwen3-4b", dtype="bfloat16", remat="layer", attention="auto")
   assert lora.count(lora.parse(16, 32.0, lora.ALL), model) == 16 * 2_064_384
+  assert lora.describe(lora.parse(16, 32.0, "*_proj"), model).endswith("33 M parameters (0.82%)")
   attention = (2560 + 4096) * 2 + (2560 + 1024) * 2
   assert lora.count(lora.parse(1, 1.0, "*attn*"), model) == 36 * attention
 

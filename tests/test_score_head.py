@@ -171,7 +171,7 @@ def test_a_mesh_changes_nothing(mesh, B):
 
   @jax.jit
   def scores(x_BTD, w_VD, target_BT, *cotangents):
-    score = lambda x, w: score_tokens(x, w, target_BT, 0.8, 8)  # noqa: E731
+    score = lambda x, w: score_tokens(x, w, target_BT, 0.8, 8, False)  # noqa: E731
     out, pull = jax.vjp(score, x_BTD, w_VD)
     return *out, *pull(cotangents)
 

@@ -115,6 +115,14 @@ def count(adapter: Adapter, config: Qwen3Config) -> int:
   return sum(math.prod(shape) for shape in adapter_shapes(adapter, config).values())
 
 
+def describe(adapter: Adapter, config: Qwen3Config) -> str:
+  """In words for people: rank, layers, and how many parameters of how many."""
+  trained, total = count(adapter, config), sum(map(math.prod, shapes(config).values()))
+  names = ", ".join(path.split(".")[-1] for path in adapter.targets)
+  share = f"{trained / 1e6:.3g} M parameters ({trained / total:.2%})"
+  return f"an adapter of rank {adapter.rank} on {names}: {share}"
+
+
 def init_adapter(adapter: Adapter, config: Qwen3Config, key, dtype) -> dict:
   """a uniform within +-1 / sqrt(inputs), as PEFT has it, and b zero."""
   leaves = {}

@@ -237,9 +237,10 @@ def backward(interpret, b: Blocks, scale, w_VD, dw_VD, tokens):
   block = lambda h, v: jnp.minimum(h * steps + v, last)  # noqa: E731
   vocabulary = pl.BlockSpec((b.vocabulary, D), lambda h, v, t: (block(h, v), 0))
   rows = pl.BlockSpec((tiles, 1, b.tokens), lambda h, v, t: (0, 0, 0))
-  dw = [] if dw_VD is None else [dw_VD]
+  frozen = dw_VD is None
+  dw = [] if frozen else [dw_VD]
   *dw_after, dx_hgd = pl.pallas_call(
-    functools.partial(backward_kernel, b=b, V=V, frozen=dw_VD is None),
+    functools.partial(backward_kernel, b=b, V=V, frozen=frozen),
     name="score_backward",
     grid=(b.halves, steps, tiles),
     in_specs=[
@@ -255,19 +256,22 @@ def backward(interpret, b: Blocks, scale, w_VD, dw_VD, tokens):
     ],
     out_shape=[*dw, jax.ShapeDtypeStruct((b.halves, b.group, D), x_gd.dtype)],
     scratch_shapes=[pltpu.VMEM((b.group, D), jnp.float32)],
-    input_output_aliases={2: 0} if dw else {},
+    input_output_aliases={} if frozen else {2: 0},
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=b.vmem
     ),
-    cost_estimate=cost(x_gd, w_VD, 3 if dw else 2, 5 if dw else 1),
+    cost_estimate=cost(x_gd, w_VD, *((2, 1) if frozen else (3, 5))),
     interpret=interpret,
   )(
     x_gd, w_VD, *dw,
     *(x_g.reshape(tiles, 1, b.tokens) for x_g in (target_g, *rows_g)),
     scale.reshape(1),
   )  # fmt: skip
+  if frozen:
+    # With one output XLA would fuse the kernel with what stores it, and forget its limit of VMEM.
+    dx_hgd = lax.optimization_barrier(dx_hgd)
   dx_gd = jnp.sum(dx_hgd, axis=0) if b.halves > 1 else dx_hgd[0]
-  return next(iter(dw_after), None), dx_gd
+  return None if frozen else dw_after[0], dx_gd
 
 
 def backward_kernel(
