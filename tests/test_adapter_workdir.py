@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_lora import random_adapter
-from test_train import assert_bitwise, rows_of, small, weights
+from test_train import assert_bitwise, rows_of, small, train_whole_and_cut, weights
 
 from configs import cache_rl, rl, sft
 from qed_jax import checkpoint, sharding, train, workdir
@@ -231,24 +231,21 @@ def started(tmp_path_factory):
 @pytest.mark.slow
 def test_sft_of_an_adapter_learns_resumes_and_leaves_the_base_alone(started, tmp_path, monkeypatch):
   """Rank 8 from an SFT checkpoint: the loss falls; a run that is cut is bitwise the whole one."""
-  from test_train import train_whole_and_cut
-
   before = weights(started)
 
-  def config(steps=30):
+  def config(steps=12):
     c = small(sft.get_config("tiny"), steps)
     c.init, c.lora.rank, c.seed = str(started), 8, 7
     c.optimizer.lr = 1e-2
     return c
 
-  train.main(config(), str(tmp_path / "long"))
-  losses = [row["loss"] for row in rows_of(tmp_path / "long")]
+  train_whole_and_cut(config, tmp_path, monkeypatch)
+  losses = [row["loss"] for row in rows_of(tmp_path / "whole")]
   full = config(2)
   full.lora.rank = 0
   train.main(full, str(tmp_path / "full"))
   assert losses[0] == pytest.approx(rows_of(tmp_path / "full")[0]["loss"], rel=1e-6)
-  assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
-  train_whole_and_cut(lambda: config(4), tmp_path, monkeypatch)
+  assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
   adapter = lora.from_config(config().lora)
   model = policy.sizes(policy.locate(str(started), ""), config().model)
   own = policy.abstract_adapter(adapter, model, one_device(), "float32")
@@ -273,4 +270,4 @@ def test_rl_of_an_adapter_samples_from_what_it_trains(started, tmp_path):
   for row in rows:
     assert row["ratio"] == pytest.approx(1, abs=1e-4) and abs(row["kl_behavior"]) < 1e-4
     assert row["skipped"] == 0 and row["grad_norm"] > 0
-  assert rows[0]["kl_reference"] == pytest.approx(0, abs=1e-6) < rows[-1]["kl_reference"]
+  assert abs(rows[0]["kl_reference"]) < 1e-6 < rows[-1]["kl_reference"]

@@ -84,9 +84,13 @@ def shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
   return {path: tuple(size[d] for d in DIMS[path]) for path in paths}
 
 
+def is_adapted(leaf) -> bool:
+  return isinstance(leaf, Adapted)
+
+
 def flatten(params: dict) -> dict:
   """Nested dict -> {"layers.mlp.up_proj": leaf}; an Adapted is a leaf."""
-  leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, Adapted))
+  leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_adapted)
   return {".".join(p.key for p in path): x for path, x in leaves}
 
 
@@ -152,9 +156,7 @@ def gather(weights, dtype: str):
       return Adapted(*(gathered(x.astype(dtype), own[1:]) for x, own in parts), w.scale)
     return gathered(w.astype(dtype), letters[1:]) if len(letters) > 2 else w
 
-  return jax.tree_util.tree_map_with_path(
-    one, weights, is_leaf=lambda leaf: isinstance(leaf, Adapted)
-  )
+  return jax.tree_util.tree_map_with_path(one, weights, is_leaf=is_adapted)
 
 
 class Attention(nnx.Module):
@@ -325,7 +327,7 @@ def score(config: Qwen3Config, params: dict, batch, temperature: float, chunk: i
   model = bind(config, params)
   x_BTD = hidden(config, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
   target_BT = jnp.roll(batch.tokens_BT, -1, axis=1)
-  frozen = any(isinstance(x, Adapted) for x in flatten(params).values())
+  frozen = any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted)))
   scores = score_tokens(x_BTD, model.head(), target_BT, temperature, chunk, frozen)
   behind = lambda x_BT: jnp.pad(x_BT, ((0, 0), (1, 0)))[:, :-1]  # noqa: E731
   scored_BT = (batch.segments_BT == behind(batch.segments_BT)) & (batch.segments_BT > 0)
