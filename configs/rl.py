@@ -83,7 +83,7 @@ def get_config(variant: str = "") -> ConfigDict:
     common.colab(c, lr=1e-5)
     c.rollout.update(common.streaming(max_lag=0, order="admission"))
     c.rollout.update(problems=2, attempts=8, max_tokens=3_072, slots=8, max_length=4_096)
-    c.rollout.pages = 0
+    c.rollout.pages = 96  # 3.4 GiB; a slot holds 3,072 tokens on average, the longest 4,096
     c.batch.update(row_length=4_096, rows=4, microbatch_rows=1)
   elif variant:
     raise ValueError(f"this config has no variant {variant!r}: use tiny, colab or gpu")

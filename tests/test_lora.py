@@ -200,9 +200,9 @@ def adapted_step(shape, config, dtype="float32"):
   return float(value), qwen3.flatten(jax.device_get(gradient)), trained
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 2), (1, 2, 1, 4)])
-def test_eight_devices_equal_one(tiny_with, shape):
-  """Loss and gradients to 1e-5 on every kind of mesh; the factors are split as weights are."""
+def test_eight_devices_equal_one(tiny_with):
+  """Loss and gradients to 1e-5 over fsdp x tensor x sequence; the factors are split as weights."""
+  shape = (1, 2, 2, 2)
   config = tiny_with(remat="layer")
   value, gradient, _ = adapted_step((1, 1, 1), config)
   other, others, trained = adapted_step(shape, config)
@@ -210,8 +210,7 @@ def test_eight_devices_equal_one(tiny_with, shape):
   for path, x in gradient.items():
     np.testing.assert_allclose(others[path], x, atol=1e-5 * np.abs(x).max(), err_msg=path)
   up = qwen3.flatten(trained)["layers.mlp.up_proj.a"]
-  ways = shape[1] * (shape[3] if len(shape) > 3 else 1)
-  assert up.addressable_shards[0].data.size * ways == up.size
+  assert up.addressable_shards[0].data.size * 4 == up.size  # its inputs, over fsdp and sequence
 
 
 # --- in the sampler
