@@ -12,7 +12,7 @@ attempts each; group = (problem, state); 32 problems x 2 x 16 = 1,024 rollouts a
 No replay buffer of summaries there (`replay` turns on that of the reasoning-cache paper, section
 6).
 
-Variants: `:tiny` the tiny world; `:colab` one 16 GB TPU chip, 0.6B; `:gpu` one H200.
+Variants: `:tiny` the tiny world; `:colab` one 16 GB TPU chip, LoRA; `:gpu` one H200.
 """
 
 from ml_collections import ConfigDict

@@ -32,6 +32,13 @@ def base() -> ConfigDict:
     "attention": "auto",
     "score_chunk": 1024,
   })  # fmt: skip
+  # LoRA: an adapter is trained, and init's parameters stay as they are, in model.dtype. 0 is off.
+  c.lora = ConfigDict({
+    "rank": 0,
+    "alpha": 32.0,  # the change is scaled by alpha / rank
+    "targets": "all-linear",  # or ends of names with commas between: "q_proj,v_proj", "mlp.*"
+    "sampler": "unmerged",  # or "merged": a second copy of the weights for the sampler
+  })  # fmt: skip
   # Rows are split over data and fsdp, the tokens of a row over sequence, heads over tensor.
   c.mesh = ConfigDict({"data": 1, "fsdp": -1, "sequence": 1, "tensor": 1})
   c.optimizer = ConfigDict({
@@ -183,11 +190,15 @@ def tiny(c: ConfigDict) -> None:
   c.eval.rollout.update(tiny_engine() | {"slots": 64, "pages": 0})
 
 
-def colab(c: ConfigDict) -> None:
-  """One 16 GB TPU chip: Qwen3-0.6B, all weights in bf16 but the optimizer's moments."""
-  c.init, c.init_revision = "Qwen/Qwen3-0.6B", "main"
+def colab(c: ConfigDict, lr: float) -> None:
+  """One 16 GB TPU chip: an adapter of rank 16 for Qwen3-4B, whose own weights stay in bfloat16.
+
+  lr: an adapter takes ten times that of full fine-tuning (Thinking Machines 2025, "LoRA Without
+  Regret").
+  """
   c.mesh.tensor = 1
-  c.model.param_dtype = "bfloat16"
-  c.checkpoint.every = 25
+  c.lora.rank = 16
+  c.optimizer.lr = lr
+  c.checkpoint.every = 5  # a free session may end at any time, and an adapter is small
   c.eval.rollout.update(slots=8, max_length=4_096, pages=0)
   c.eval.scaffold.reason.max_tokens = 2_048

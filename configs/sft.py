@@ -11,7 +11,7 @@ sequences are not packed there; here rows are packed with no attention across ex
 hold more than 32 examples, and `batch.rows` is the field to lower if an epoch should stay 124
 steps. IMO-ProofBench 39.5 %, ProofBench 33.3 % are the published results of this stage.
 
-Variants: `:tiny` the tiny world; `:colab` one 16 GB TPU chip, 0.6B; `:gpu` one H200.
+Variants: `:tiny` the tiny world; `:colab` one 16 GB TPU chip, LoRA; `:gpu` one H200.
 """
 
 from ml_collections import ConfigDict
@@ -47,8 +47,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.mesh.tensor = 1
     c.batch.update(row_length=32_768, rows=8, microbatch_rows=1)
   elif variant == "colab":
-    common.colab(c)
-    c.batch.update(row_length=4_096, rows=8, microbatch_rows=1)
+    common.colab(c, lr=3e-4)
+    c.batch.update(row_length=8_192, rows=8, microbatch_rows=1)
   elif variant:
     raise ValueError(f"configs/sft.py has no variant {variant!r}: use tiny, colab or gpu")
   return c

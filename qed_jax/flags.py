@@ -25,6 +25,7 @@ POSITIVE = {
   "max_approaches",
   "failures_in_a_row", "pass_score",
   "ngram", "idle_s", "max_failures",
+  "alpha",
 }  # fmt: skip
 CHOICES = {
   "job": ("sft", "rl", "cache_rl"),
@@ -41,6 +42,7 @@ CHOICES = {
   "on_invalid": ("mask", "zero"),
   "order": ("admission", "arrival"),
   "placement": ("colocated", "split"),
+  "sampler": ("unmerged", "merged"),
   "api": ("chat", "responses"),
   "aggregate": ("median", "mean", "min"),
   "subsets_by": ("circulant", "random"),

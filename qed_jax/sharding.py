@@ -6,6 +6,7 @@ One alphabet serves einsum subscripts, array name suffixes and sharding:
   T tokens, query side       F MLP hidden width       C chunk of T in the scored loss
   S tokens, key side         V vocabulary             P problems (groups)
   N query heads  K key/value heads  G = N / K  H head dimension  A attempts per group
+  R rank of an adapter
 
 An array of letters "BTNH" is laid out by looking each letter up in a table. A mesh axis is used
 once an array: heads, MLP and vocabulary claim `tensor` before T does, so T is sharded over it

@@ -37,7 +37,7 @@ class StepLog:
 
   def __init__(self, root: epath.Path, config, model: qwen3.Qwen3Config, first: int, lag: int):
     """first: the step that the run goes on from. lag: dispatched steps whose metrics may wait."""
-    self.model, self.lag = model, lag
+    self.model, self.lag, self.frozen = model, lag, config.lora.rank > 0
     self.every, self.last = config.log.every, config.steps
     self.writer = metrics.MetricWriter(root, first)
     self.samples = SampleLog(root / "samples.jsonl", first, config.log.samples)
@@ -63,7 +63,7 @@ class StepLog:
     seconds, self.done = now - max(step.dispatched, self.done), now
     tokens = int(np.sum(step.batch.segments_BT > 0)) * jax.process_count()
     info |= {"seconds/train": seconds, "tokens_per_s/train": tokens / max(seconds, 1e-9)}
-    info |= utilisation(self.model, step.batch, seconds)
+    info |= utilisation(self.model, step.batch, seconds, self.frozen)
     self.health.check(step.number, info, step.batch)
     number = step.number + 1
     if number % self.every == 0 or number == self.last:
@@ -78,9 +78,11 @@ class StepLog:
     self.progress.close()
 
 
-def utilisation(model: qwen3.Qwen3Config, batch: Batch, seconds: float) -> dict[str, float]:
-  """MFU of the update, where the chip's peak is known."""
-  done = flops.training(model, batch.positions_BT, batch.segments_BT) * jax.process_count()
+def utilisation(
+  model: qwen3.Qwen3Config, batch: Batch, seconds: float, frozen: bool
+) -> dict[str, float]:
+  """MFU of the update, where the chip's peak is known. frozen: only an adapter is trained."""
+  done = flops.training(model, batch.positions_BT, batch.segments_BT, frozen) * jax.process_count()
   share = metrics.mfu(done, seconds, jax.devices()[0].device_kind, jax.device_count())
   return {} if share is None else {"mfu": share}
 

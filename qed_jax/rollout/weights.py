@@ -12,7 +12,8 @@ import functools
 
 import jax
 
-from qed_jax.model import qwen3
+from qed_jax.model import lora, qwen3
+from qed_jax.model.layers import Adapted
 from qed_jax.sharding import WEIGHTS, replica_meshes, shardings, side_by_side
 
 
@@ -24,7 +25,8 @@ def by_layer(mesh) -> bool:
 def check(config: qwen3.Qwen3Config, params: dict) -> None:
   """Raises ValueError, one line, when paths or shapes are not those of the model."""
   expected = qwen3.shapes(config)
-  found = {path: tuple(x.shape) for path, x in qwen3.flatten(params).items()}
+  leaves = {p: x.w if isinstance(x, Adapted) else x for p, x in qwen3.flatten(params).items()}
+  found = {path: tuple(x.shape) for path, x in leaves.items()}
   for path in sorted(expected.keys() | found.keys()):
     if expected.get(path) != found.get(path):
       raise ValueError(
@@ -40,13 +42,13 @@ def sampler_params(config: qwen3.Qwen3Config, params: dict, mesh) -> list[dict]:
   accelerators leaves that need no change are the caller's own arrays, not copies.
   """
   replicas = replica_meshes(mesh)
-  dims = {path: qwen3.DIMS[path] for path in qwen3.shapes(config)}
+  dims, shapes = lora.letters_in(params), jax.tree.map(lambda x: x.shape, params)
   rules = {letter: axes for letter, axes in WEIGHTS.items() if letter != "D"}
-  layout = qwen3.unflatten(shardings(rules, side_by_side(mesh), dims, qwen3.shapes(config)))
+  layout = shardings(rules, side_by_side(mesh), dims, shapes)
   whole = jax.device_put(_cast(params, config.dtype), layout)
 
   def part(replica):
-    own = qwen3.unflatten(shardings(rules, replica, dims, qwen3.shapes(config)))
+    own = shardings(rules, replica, dims, shapes)
     devices = set(replica.devices.flat)
 
     def of_devices(x, sharding):
@@ -94,6 +96,8 @@ def _each(turn, config, layer: dict) -> dict:
 
 def _turn(letters: str, shape: tuple, x):
   """NHD, FD -> [in, out] = [D, N H]; DNH, DF -> [N H, D]; norm scales stay."""
+  if isinstance(x, Adapted):  # the factors are small, and stay as they are
+    return dataclasses.replace(x, w=_turn(letters, shape, x.w))
   if len(letters) == 1:
     return x
   outputs = -1 if letters.endswith("D") else shape[0]
@@ -101,4 +105,6 @@ def _turn(letters: str, shape: tuple, x):
 
 
 def _turn_back(letters: str, shape: tuple, x):
+  if isinstance(x, Adapted):
+    return dataclasses.replace(x, w=_turn_back(letters, shape, x.w))
   return x if len(letters) == 1 else x.T.reshape(shape)
