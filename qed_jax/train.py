@@ -2,7 +2,7 @@
 
 SFT, rubric RL and cache RL are one loop: a stream of Batches and an objective. Run the same command
 again to resume. SIGTERM saves and exits with code 0. Metrics go to metrics.jsonl and tb/, graded
-rollouts to samples.jsonl, both in the workdir.
+rollouts to samples.jsonl, both in the workdir. On several hosts, run the same command on each.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from qed_jax import flags, metrics, optim, sharding, workdir
+from qed_jax import flags, hosts, metrics, optim, sharding, workdir
 from qed_jax.checkpoint import Checkpoints
 from qed_jax.model import flops, qwen3
 from qed_jax.objectives import finalise, merge, policy_gradient, sft
@@ -27,8 +27,9 @@ def main(config, folder: str) -> None:
   root = epath.Path(folder)
 
   # --- What to train, and whether this machine can ---------------------------------------------
+  workdir.check_same_on_hosts(folder, config.to_dict())
   workdir.check_same_config(root, config.to_dict(), ignore=RESUMABLE)
-  sharding.initialize_hosts()
+  jobs.check_shares(config)
   policy.check_memory(config)
   mesh, sampling_mesh = jobs.meshes(config)
   start = policy.locate(config.init, config.init_revision)
@@ -54,10 +55,11 @@ def main(config, folder: str) -> None:
     print(f"resuming {root} from step {first}", flush=True)
 
   workdir.write_run_files(root, config.to_dict())
+  workdir.check_shared(root)
   policy.save_description(root / "model", model, tokenizer)
 
   # --- The stream of batches, and what to do with one -----------------------------------------
-  stopped = on_sigterm()
+  stopped = hosts.stopping(on_sigterm())
   stream = jobs.stream(
     config, model, sampling_mesh, tokenizer, examples, start, abstract["params"], root, stopped
   )
@@ -89,9 +91,13 @@ def main(config, folder: str) -> None:
       with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
         state, measured = update(state, on_device)
       info |= finalise(measured)
-      phase.tokens += int(np.sum(batch.segments_BT > 0)) * jax.process_count()
+      tokens, work = hosts.totals(
+        int(np.sum(batch.segments_BT > 0)),
+        flops.training(model, batch.positions_BT, batch.segments_BT),
+      )
+      phase.tokens += tokens
     info |= phases.metrics()
-    info |= utilisation(model, batch, info["seconds/train"])
+    info |= utilisation(work, info["seconds/train"])
     health.check(step, info, batch)
     if (step + 1) % config.log.every == 0 or step + 1 == config.steps:
       writer.write(step + 1, info)
@@ -104,10 +110,9 @@ def main(config, folder: str) -> None:
     step = config.steps
 
   # --- The end, or SIGTERM ---------------------------------------------------------------------
-  if step > (checkpoints.latest_step() or 0):
-    checkpoints.wait()
-    if checkpoints.latest_step() != step:
-      checkpoints.save(step, state, {"stream": stream.state()})
+  checkpoints.wait()
+  if step > (hosts.gather(checkpoints.latest_step())[0] or 0):
+    checkpoints.save(step, state, {"stream": stream.state()})
   checkpoints.close()
   stream.close()
   writer.close()
@@ -203,10 +208,9 @@ def layout(abstract):
   return jax.tree.map(lambda x: x.sharding, abstract)
 
 
-def utilisation(model, batch, seconds: float) -> dict[str, float]:
-  """MFU of the update, where the chip's peak is known."""
-  done = flops.training(model, batch.positions_BT, batch.segments_BT) * jax.process_count()
-  share = metrics.mfu(done, seconds, jax.devices()[0].device_kind, jax.device_count())
+def utilisation(work: float, seconds: float) -> dict[str, float]:
+  """MFU of the update, where the chip's peak is known. work: operations of all hosts."""
+  share = metrics.mfu(work, seconds, jax.devices()[0].device_kind, jax.device_count())
   return {} if share is None else {"mfu": share}
 
 
@@ -220,7 +224,7 @@ class Health:
     """Raises ValueError after `limit` in a row, with the batch saved for a look."""
     self.skipped = self.skipped + 1 if info["skipped"] else 0
     if self.skipped >= self.limit:
-      path = self.root / f"not_finite_{step}.npz"
+      path = self.root / f"not_finite_{step}{f'_host{h}' if (h := hosts.index()) else ''}.npz"
       with path.open("wb") as file:
         np.savez(file, **{k: v for k, v in vars(batch).items() if v is not None})
       raise ValueError(
@@ -237,4 +241,4 @@ def on_sigterm():
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  flags.run(main, on_hosts=True)

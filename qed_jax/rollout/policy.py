@@ -100,7 +100,7 @@ def check_memory(config) -> None:
     jnp.dtype(t).itemsize for t in (config.model.param_dtype, config.optimizer.mu_dtype)
   )
   needed = count * (2 * parameter + first_moment + 4) / 1e9  # the second moment is float32
-  device, devices = jax.devices()[0], jax.device_count()
+  device, devices = jax.local_devices()[0], jax.device_count()
   stats = device.memory_stats() or {}
   if "bytes_limit" in stats:
     available = stats["bytes_limit"] * devices / 1e9

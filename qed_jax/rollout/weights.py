@@ -13,7 +13,16 @@ import functools
 import jax
 
 from qed_jax.model import qwen3
-from qed_jax.sharding import WEIGHTS, replica_meshes, shardings, side_by_side
+from qed_jax.sharding import (
+  WEIGHTS,
+  replica_meshes,
+  shardings,
+  side_by_side,
+  this_hosts_rows,
+  within_hosts,
+)
+
+SAMPLED = {letter: axes for letter, axes in WEIGHTS.items() if letter != "D"}
 
 
 def by_layer(mesh) -> bool:
@@ -33,6 +42,30 @@ def check(config: qwen3.Qwen3Config, params: dict) -> None:
       )
 
 
+def on_this_host(config: qwen3.Qwen3Config, params: dict) -> dict:
+  """Parameters spread over hosts -> this host's whole copy, in the compute dtype, split over
+  `tensor` on its own devices; those of one host are given back as they are.
+
+  One gather over all hosts, which all of them call. Nothing else of theirs may be under way.
+  """
+  mesh = jax.tree.leaves(params)[0].sharding.mesh
+  if len({device.process_index for device in mesh.devices.flat}) == 1:
+    return params
+  everyone = within_hosts(mesh.devices.flat, mesh.shape["tensor"])
+  dims = {path: qwen3.DIMS[path] for path in qwen3.shapes(config)}
+  whole = jax.device_put(
+    _cast(params, config.dtype),
+    qwen3.unflatten(shardings(SAMPLED, everyone, dims, qwen3.shapes(config))),
+  )
+  here = qwen3.unflatten(shardings(SAMPLED, this_hosts_rows(everyone), dims, qwen3.shapes(config)))
+
+  def own(x, sharding):
+    shards = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
+
+  return jax.tree.map(own, whole, here)
+
+
 def sampler_params(config: qwen3.Qwen3Config, params: dict, mesh) -> list[dict]:
   """Parameters for each replica of `mesh`: compute dtype, split over tensor, otherwise whole.
 
@@ -41,12 +74,11 @@ def sampler_params(config: qwen3.Qwen3Config, params: dict, mesh) -> list[dict]:
   """
   replicas = replica_meshes(mesh)
   dims = {path: qwen3.DIMS[path] for path in qwen3.shapes(config)}
-  rules = {letter: axes for letter, axes in WEIGHTS.items() if letter != "D"}
-  layout = qwen3.unflatten(shardings(rules, side_by_side(mesh), dims, qwen3.shapes(config)))
+  layout = qwen3.unflatten(shardings(SAMPLED, side_by_side(mesh), dims, qwen3.shapes(config)))
   whole = jax.device_put(_cast(params, config.dtype), layout)
 
   def part(replica):
-    own = qwen3.unflatten(shardings(rules, replica, dims, qwen3.shapes(config)))
+    own = qwen3.unflatten(shardings(SAMPLED, replica, dims, qwen3.shapes(config)))
     devices = set(replica.devices.flat)
 
     def of_devices(x, sharding):
