@@ -186,11 +186,17 @@ def token_shares(T: int) -> int:
   return shares if T % shares == 0 else 1
 
 
-def put(mesh: Mesh, tree, letters: str):
+def rows_divisor(mesh: Mesh) -> int:
+  """How many ways the rows of a batch are split."""
+  return math.prod(mesh.shape[a] for a in ACTIVATIONS["B"])
+
+
+def put(mesh: Mesh, tree, letters: str, at_once: int = 0):
   """Host arrays -> global device arrays laid out by `letters`.
 
-  Each host passes rows of its own, the same number of them; the whole is theirs in the order of
-  hosts. A device that needs rows of another host gets them from there.
+  Each host passes rows of its own, the same number of them. at_once: rows of the whole that will be
+  computed together; each such part has as many rows of every host, in the order of hosts. A device
+  that needs rows of another host gets them from there.
   """
   devices = by_host(mesh.devices.flat)
   hosts = len(devices)
@@ -202,9 +208,19 @@ def put(mesh: Mesh, tree, letters: str):
     layout = NamedSharding(mesh, spec(ACTIVATIONS, letters[: x.ndim], shape, mesh))
     if hosts == 1:
       return jax.make_array_from_process_local_data(layout, x, shape)
-    return jax.device_put(jax.make_array_from_process_local_data(given, x, shape), layout)
+    whole = jax.make_array_from_process_local_data(given, x, shape)
+    if 0 < at_once < shape[0] and shape[0] % at_once == at_once % hosts == 0:
+      whole = _mixed(whole, hosts, at_once // hosts, given)
+    return jax.device_put(whole, layout)
 
   return jax.tree.map(place, tree)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _mixed(x, hosts: int, each: int, layout: NamedSharding):
+  """Rows in the order of hosts -> in turns, `each` of every host."""
+  x = x.reshape(hosts, -1, each, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+  return jax.lax.with_sharding_constraint(x, layout)
 
 
 def whole(mesh: Mesh) -> NamedSharding:

@@ -69,7 +69,7 @@ def check_shared(workdir: str | os.PathLike) -> None:
 
 
 # Fields that the program had not yet when an old workdir was made, and what their absence means.
-ADDED = {"mesh.sequence": "1"}
+ADDED = {"mesh.sequence": "1", "profile.steps": "[]"}
 
 
 def check_same_config(

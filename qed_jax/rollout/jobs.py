@@ -69,6 +69,8 @@ class Rows:
   batches nor the position in the data depend on the number of hosts.
   """
 
+  lag = 1  # the next batch does not wait for what this step measured
+
   def __init__(self, config, tokenizer: tokenizers.Tokenizer, rows, stopped):
     self.stopped = stopped
     self.dataset, self.too_long = sft.dataset(
@@ -126,6 +128,12 @@ def meshes(config):
   """The mesh that trains and this host's mesh that samples: the same devices, or with placement
   "split" the last of each host's devices, rollout.sampling_devices in all. Raises ValueError, one
   line."""
+  rows, at_once = config.batch.rows, config.batch.microbatch_rows
+  if at_once and rows % at_once:
+    raise ValueError(
+      f"config.batch.microbatch_rows is {at_once} and config.batch.rows {rows}: give a divisor, "
+      "since microbatches are of equal size"
+    )
   devices, number = jax.devices(), config.rollout.sampling_devices if config.job != "sft" else 0
   if config.job == "sft" or config.rollout.placement == "colocated":
     mesh = sharding.make_mesh(**config.mesh.to_dict())
