@@ -33,6 +33,11 @@ ENVIRONMENT = {
   "processes": "JAX_NUM_PROCESSES",
   "process_id": "JAX_PROCESS_ID",
 }
+ARGUMENTS = {  # jax's names for the same
+  "coordinator": "coordinator_address",
+  "processes": "num_processes",
+  "process_id": "process_id",
+}
 AGAIN = "the newest checkpoint is whole: run the same command on every host to go on from it"
 
 _meetings = itertools.count()
@@ -72,6 +77,8 @@ def settings(environ: Mapping[str, str], given: Mapping[str, Any]) -> dict | Non
     return _checked(values) | extra if "coordinator" in values else {**extra}
   if values:
     missing = [name for name in ENVIRONMENT if name not in values]
+    if missing and _tpu_hosts(environ) > 1:
+      return {ARGUMENTS[name]: value for name, value in values.items()}
     if missing:
       sources = " and ".join(source for source, _ in found.values())
       ways = " and ".join(f"--{name} (or {ENVIRONMENT[name]})" for name in missing)
@@ -86,7 +93,7 @@ def _checked(values: dict) -> dict:
     raise ValueError(f"the coordinator's address is {address!r}: give HOST:PORT of process 0")
   if not 0 <= process < processes:
     raise ValueError(f"process_id is {process} of {processes} processes: they count from 0")
-  return {"coordinator_address": address, "num_processes": processes, "process_id": process}
+  return {ARGUMENTS[name]: values[name] for name in ENVIRONMENT}
 
 
 def _number(source: str, value) -> int:

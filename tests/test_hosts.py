@@ -35,6 +35,7 @@ NOTHING = {"coordinator": None, "processes": None, "process_id": None}
 
 
 JOINED = {"coordinator_address": "a:1234", "num_processes": 2, "process_id": 1}
+TPU_AT = {"coordinator_address": "a:1"}
 BY_FLAGS = {"coordinator": "a:1234", "processes": 2, "process_id": 1}
 BY_JAX = {"JAX_COORDINATOR_ADDRESS": "a:1234", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
 SLURM = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n[1-2]"}
@@ -57,6 +58,7 @@ SLURM |= {"SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
     ({"SLURM_NTASKS": "1"}, {}, None),
     ({"TPU_WORKER_HOSTNAMES": "h0,h1,h2,h3"}, {}, {}),
     ({"TPU_WORKER_HOSTNAMES": "localhost"}, {}, None),
+    ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_COORDINATOR_ADDRESS": "a:1"}, {}, TPU_AT),
     ({"MEGASCALE_COORDINATOR_ADDRESS": "h0", "TPU_WORKER_HOSTNAMES": "h0"}, {}, {}),
   ],
 )
