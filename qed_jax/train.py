@@ -2,7 +2,7 @@
 
 SFT, rubric RL and cache RL are one loop: a stream of Batches and an objective. Run the same command
 again to resume. SIGTERM saves and exits with code 0. Metrics go to metrics.jsonl and tb/, graded
-rollouts to samples.jsonl, both in the workdir.
+rollouts to samples.jsonl, both in the workdir. On several hosts, run the same command on each.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from qed_jax import flags, optim, sharding, workdir
+from qed_jax import flags, hosts, optim, sharding, workdir
 from qed_jax.chat import Unavailable
 from qed_jax.checkpoint import Checkpoints
 from qed_jax.data import packing
@@ -33,10 +33,11 @@ def main(config, folder: str) -> None:
   root = epath.Path(folder)
 
   # --- What to train, and whether this machine can ---------------------------------------------
+  workdir.check_same_on_hosts(folder, config.to_dict())
   workdir.check_same_config(root, config.to_dict(), ignore=RESUMABLE)
+  jobs.check_shares(config)
   trace = Trace(root / "profile", config.profile.steps)
   adapter = lora.from_config(config.lora)
-  sharding.initialize_hosts()
   policy.check_memory(config)
   mesh, sampling_mesh = jobs.meshes(config)
   start = policy.locate(config.init, config.init_revision)
@@ -68,10 +69,11 @@ def main(config, folder: str) -> None:
     print(f"resuming {root} from step {first}", flush=True)
 
   workdir.write_run_files(root, config.to_dict())
+  workdir.check_shared(root)
   policy.save_description(root / "model", model, tokenizer)
 
   # --- The stream of batches, and what to do with one -----------------------------------------
-  stopped = on_sigterm()
+  stopped = hosts.stopping(on_sigterm())
   whole = abstract["params"]
   if adapter is not None:
     whole = policy.abstract_params(model, mesh, model.dtype)
@@ -89,8 +91,8 @@ def main(config, folder: str) -> None:
   add_reference = reference_scorer(config, model, mesh, start, abstract["params"], adapter, frozen)
   balance = functools.partial(
     packing.balanced,
-    shards=max(1, sharding.rows_divisor(mesh) // jax.process_count()),
-    rows_at_once=config.batch.microbatch_rows // jax.process_count(),
+    shards=max(1, sharding.rows_divisor(mesh) // hosts.count()),
+    rows_at_once=config.batch.microbatch_rows // hosts.count(),
     overhead=flops.keys_per_token(model),
   )
   for_sampler = sampler_view(config, adapter, frozen)
@@ -109,13 +111,17 @@ def main(config, folder: str) -> None:
     try:
       produced = stream.next(for_sampler(state["params"]), step)
     except Unavailable as error:  # a judge that somebody has to mend: keep what was reached
+      if hosts.count() > 1:
+        raise  # the others cannot save a step with a host that ends here
       produced, fault = None, error
     if produced is None:
       break
     batch, info, rollouts = produced
     dispatched = time.perf_counter()
     info["seconds/data"] = dispatched - began
-    on_device = add_reference(sharding.put(mesh, balance(batch), "BT"))
+    on_device = add_reference(
+      sharding.put(mesh, balance(batch), "BT", config.batch.microbatch_rows)
+    )
     with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
       state, measured = update(state, on_device, frozen)
     log.add(Step(step, batch, info, rollouts, measured, dispatched))
@@ -130,10 +136,9 @@ def main(config, folder: str) -> None:
   # --- The end, or SIGTERM ---------------------------------------------------------------------
   log.settle()
   trace.stop()
-  if step > (checkpoints.latest_step() or 0):
-    checkpoints.wait()
-    if checkpoints.latest_step() != step:
-      checkpoints.save(step, state, {"stream": stream.state()})
+  checkpoints.wait()
+  if step > (hosts.gather(checkpoints.latest_step())[0] or 0):
+    checkpoints.save(step, state, {"stream": stream.state()})
   checkpoints.close()
   stream.close()
   log.close()
@@ -256,4 +261,4 @@ def on_sigterm():
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  flags.run(main, on_hosts=True)

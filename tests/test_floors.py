@@ -11,7 +11,8 @@ MAINS = {"train", "evaluate", "serve", "convert", "report", "curate"}
 # A floor imports lower floors; the parts of the ground also one another, without cycles.
 GROUND = {
   "records", "sharding", "breaker", "chat", "prompts", "metrics", "optim", "checkpoint",
-  "checksums", "estimates", "flags", "host_memory", "host_state", "journal", "replies", "tracing",
+  "checksums", "estimates", "flags", "host_memory", "host_state", "hosts", "journal", "replies",
+  "tracing",
   "workdir",
 }  # fmt: skip
 MIDDLE = {"model", "data", "objectives", "rewards", "scaffolds"}

@@ -1,16 +1,16 @@
 """What each job trains on: its data, its tokenizer, and its stream of Batches."""
 
 import dataclasses
+import tempfile
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
-from qed_jax import metrics, prompts, records, sharding
+from qed_jax import hosts, metrics, prompts, records, sharding
 from qed_jax.data import problems, sft, tiny_world
 from qed_jax.data import tokenizer as tokenizers
-from qed_jax.rollout import judging, policy
+from qed_jax.rollout import judging, policy, weights
 from qed_jax.rollout.device import Shapes
 from qed_jax.rollout.engine import Engine
 from qed_jax.rollout.engine_chat import EngineChat
@@ -29,8 +29,10 @@ def tokenizer(config, start: policy.Start, root: epath.Path) -> tokenizers.Token
     return tokenizers.load(start.folder)
   if config.data.source != TINY_WORLD:
     raise ValueError("config.tokenizer is empty and config.init brings none: set it to a folder")
+  # Hosts share the workdir, and one of them writes it.
+  folder = root / policy.DESCRIPTION if hosts.index() == 0 else tempfile.mkdtemp()
   return tokenizers.train_sentencepiece(
-    tiny_world.corpus(), root / policy.DESCRIPTION, vocab_size=64, vocab_multiple=64
+    tiny_world.corpus(), folder, vocab_size=64, vocab_multiple=64
   )
 
 
@@ -56,7 +58,11 @@ def data(config):
 
 
 class Rows:
-  """The SFT stream: Grain's iterator behind the interface of Experience."""
+  """The SFT stream: Grain's iterator behind the interface of Experience.
+
+  Every host packs the whole stream and trains on its own rows of each batch, so that neither
+  batches nor the position in the data depend on the number of hosts.
+  """
 
   lag = 1  # the next batch does not wait for what this step measured
 
@@ -67,25 +73,24 @@ class Rows:
       tokenizer,
       template=prompts.load(config.data.prompt),
       row_length=config.batch.row_length,
-      rows=config.batch.rows // jax.process_count(),
+      rows=config.batch.rows,
       seed=config.seed,
       epochs=None,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=0,
+      process_count=1,
       read_threads=config.data.read_threads,
     )
     self.iterator = iter(self.dataset)
+    own = config.batch.rows // hosts.count()
+    self.own = slice(hosts.index() * own, (hosts.index() + 1) * own)
 
   def next(self, params, step: int):
-    """(Batch, metrics, no rollouts), or None when the program should stop."""
-    if self.stopped():
+    """(this host's rows, metrics, no rollouts), or None when the program should stop."""
+    if any(hosts.gather(bool(self.stopped()))):
       return None
     batch = next(self.iterator)
-    if jax.process_count() > 1:  # the mean is over the targets of all hosts
-      targets = np.array(np.count_nonzero(batch.weight_BT))
-      total = int(multihost_utils.process_allgather(targets).sum())
-      batch = dataclasses.replace(batch, weight_BT=sft.normalise(batch.weight_BT, total))
     share = float(np.mean(batch.segments_BT > 0))
+    batch = jax.tree.map(lambda x: x[self.own], batch)
     return batch, {"packing_efficiency": share, "rows_too_long": len(self.too_long)}, []
 
   def state(self) -> dict:
@@ -98,25 +103,51 @@ class Rows:
     pass
 
 
+def check_shares(config) -> None:
+  """Raises ValueError, one line, for a number of the config that this run's hosts cannot share."""
+  numbers = {"batch.rows": config.batch.rows}
+  if config.job != "sft":
+    rollout = config.rollout
+    numbers |= {"rollout.problems": rollout.problems, "rollout.slots": rollout.slots}
+    numbers |= {"rollout.pages": rollout.pages}
+    numbers |= {"rollout.sampling_devices": rollout.sampling_devices}
+  for name, value in numbers.items():
+    if value % hosts.count():
+      raise ValueError(
+        f"config.{name} is {value} and {hosts.count()} hosts have equal shares of it: give a "
+        f"multiple of {hosts.count()}"
+      )
+
+
 def meshes(config):
-  """The mesh that trains and the one that samples: the same, or with placement "split" the last
-  rollout.sampling_devices of this host's devices for sampling. Raises ValueError, one line."""
+  """The mesh that trains and this host's mesh that samples: the same devices, or with placement
+  "split" the last of each host's devices, rollout.sampling_devices in all. Raises ValueError, one
+  line."""
   rows, at_once = config.batch.rows, config.batch.microbatch_rows
   if at_once and rows % at_once:
     raise ValueError(
       f"config.batch.microbatch_rows is {at_once} and config.batch.rows {rows}: give a divisor, "
       "since microbatches are of equal size"
     )
+  devices, number = jax.devices(), config.rollout.sampling_devices if config.job != "sft" else 0
   if config.job == "sft" or config.rollout.placement == "colocated":
     mesh = sharding.make_mesh(**config.mesh.to_dict())
-    return mesh, mesh
-  devices, number = jax.devices(), config.rollout.sampling_devices
+    if config.job == "sft" or hosts.count() == 1:
+      return mesh, mesh
+    everyone = sharding.within_hosts(devices, config.mesh.tensor)
+    return mesh, sharding.this_hosts_rows(everyone)
   if not 0 < number < len(devices):
     raise ValueError(
       f"config.rollout.sampling_devices is {number} and this run has {len(devices)} devices: "
       'placement "split" needs at least one to sample and one to train'
     )
-  training = sharding.make_mesh(**config.mesh.to_dict(), devices=devices[:-number])
+  rows = sharding.by_host(devices)
+  own = number // len(rows)
+  training = sharding.make_mesh(**config.mesh.to_dict(), devices=rows[:, :-own].ravel().tolist())
+  if len(rows) > 1:
+    everyone = sharding.within_hosts(rows[:, -own:].ravel(), config.mesh.tensor)
+    sharding.within_hosts(training.devices.flat, config.mesh.tensor)  # weights leave by them
+    return training, sharding.this_hosts_rows(everyone)
   return training, sharding.make_mesh(1, -1, config.mesh.tensor, devices=devices[-number:])
 
 
@@ -124,10 +155,6 @@ def stream(config, model, mesh, tokenizer, examples, start, params_layout, root,
   """The stream of Batches of config.job. mesh: the one that samples."""
   if config.job == "sft":
     return Rows(config, tokenizer, examples, stopped)
-  if jax.process_count() > 1:
-    raise ValueError(
-      f"job {config.job!r} on {jax.process_count()} hosts: RL runs on one host, SFT on many"
-    )
   if config.rollout.max_length > config.batch.row_length:
     raise ValueError(
       f"config.rollout.max_length is {config.rollout.max_length} and config.batch.row_length "
@@ -154,12 +181,13 @@ def stream(config, model, mesh, tokenizer, examples, start, params_layout, root,
 
 
 def make_engine(model, mesh, block, tokenizer: tokenizers.Tokenizer) -> Engine:
-  """The engine that config.rollout describes."""
-  fields = (field.name for field in dataclasses.fields(Shapes))
+  """This host's part of the engine that config.rollout describes: slots and pages are shared."""
+  shapes = {field.name: block[field.name] for field in dataclasses.fields(Shapes)}
+  shapes |= {name: block[name] // hosts.count() for name in ("slots", "pages")}
   return Engine(
     model,
     mesh=mesh,
-    shapes=Shapes(**{name: block[name] for name in fields}),
+    shapes=Shapes(**shapes),
     lanes=block.lanes,
     prefill_budget=block.prefill_budget,
     stop_ids=tokenizer.stop_ids,
@@ -176,14 +204,22 @@ def frozen_chat(name, revision, field, config, model, mesh, tokenizer, start, pa
   else:
     frozen = policy.locate(name, revision, field)
     sizes, words = policy.sizes(frozen, config.model), tokenizers.load(frozen.folder)
-    params_layout = policy.abstract_params(sizes, mesh, config.model.dtype)
+    if hosts.count() > 1:  # read by all together, each its part, like what is trained
+      mesh_of_all = jax.tree.leaves(params_layout)[0].sharding.mesh
+      params_layout = policy.abstract_params(sizes, mesh_of_all, config.model.dtype)
+    else:
+      params_layout = policy.abstract_params(sizes, mesh, config.model.dtype)
   engine = make_engine(sizes, mesh, config.rollout, words)
-  engine.set_params(policy.load_params(frozen, sizes, params_layout, config.seed), 0)
+  params = policy.load_params(frozen, sizes, params_layout, config.seed)
+  engine.set_params(weights.on_this_host(sizes, params), 0)
   return EngineChat(engine, words, config.seed).chat
 
 
 class SampleLog:
-  """samples.jsonl: a few graded rollouts a step, to be read by people and by report.py."""
+  """samples.jsonl: a few graded rollouts a step, to be read by people and by report.py.
+
+  On several hosts they are those of host 0.
+  """
 
   def __init__(self, path: epath.Path, first: int, per_step: int):
     """first: the step that the run resumes from; rows of later steps will be written again."""

@@ -14,12 +14,13 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from qed_jax import prompts
+from qed_jax import hosts, prompts
 from qed_jax.chat import ChatError, Endpoint, HttpChat, Unavailable
 from qed_jax.records import Completion, Grade, GradedProof, Problem
 from qed_jax.rewards import answer, canaries, exact, precheck, rubric
@@ -83,7 +84,7 @@ class Judge:
     self.in_engine = bool(judge.engine)
     self._http = None if judge.engine else endpoint_chat(judge, root)
     self._chat = chat if judge.engine else self._http
-    self._audit = root / judge.audit if judge.audit_share and judge.audit else None
+    self._audit = root / of_this_host(judge.audit) if judge.audit_share and judge.audit else None
     self._errors: collections.deque[int] = collections.deque(maxlen=judge.canary_window)
     self._said: collections.deque[int] = collections.deque(maxlen=judge.canary_window)
     self._in_a_row = 0
@@ -336,8 +337,21 @@ def endpoint_chat(judge, root: epath.Path) -> HttpChat:
     money_budget=judge.money_budget,
     patience=judge.patience_s,
     outage_after=judge.outage_after,
-    cache=str(root / judge.cache) if judge.cache and "://" not in str(root) else judge.cache,
+    cache=replies_of_this_host(judge.cache, root),
   )
+
+
+def replies_of_this_host(name: str, root: epath.Path) -> str:
+  """Where the judge's replies are kept, "" for nowhere: two hosts cannot append to one file."""
+  return str(root / of_this_host(name)) if name and "://" not in str(root) else of_this_host(name)
+
+
+def of_this_host(name: str) -> str:
+  """judge.jsonl, and on another host than the first judge.host1.jsonl."""
+  if not name or not hosts.index():
+    return name
+  path = Path(name)
+  return str(path.with_name(f"{path.stem}.host{hosts.index()}{path.suffix}"))
 
 
 def _draw(problem: Problem, proof: str) -> float:

@@ -127,7 +127,7 @@ def check_memory(config) -> None:
   if adapter is not None:
     copies = 2 if config.job != "sft" and config.lora.sampler == "merged" else 1
     needed += copies * count * jnp.dtype(config.model.dtype).itemsize / 1e9
-  device, devices = jax.devices()[0], jax.device_count()
+  device, devices = jax.local_devices()[0], jax.device_count()
   stats = device.memory_stats() or {}
   if "bytes_limit" in stats:
     available = stats["bytes_limit"] * devices / 1e9

@@ -14,7 +14,16 @@ import jax
 
 from qed_jax.model import lora, qwen3
 from qed_jax.model.layers import Adapted
-from qed_jax.sharding import WEIGHTS, replica_meshes, shardings, side_by_side
+from qed_jax.sharding import (
+  WEIGHTS,
+  replica_meshes,
+  shardings,
+  side_by_side,
+  this_hosts_rows,
+  within_hosts,
+)
+
+SAMPLED = {letter: axes for letter, axes in WEIGHTS.items() if letter != "D"}
 
 
 def by_layer(mesh) -> bool:
@@ -35,6 +44,27 @@ def check(config: qwen3.Qwen3Config, params: dict) -> None:
       )
 
 
+def on_this_host(config: qwen3.Qwen3Config, params: dict) -> dict:
+  """Parameters spread over hosts -> this host's whole copy, in the compute dtype, split over
+  `tensor` on its own devices; those of one host are given back as they are.
+
+  One gather over all hosts, which all of them call. Nothing else of theirs may be under way.
+  """
+  mesh = jax.tree.leaves(params)[0].sharding.mesh
+  if len({device.process_index for device in mesh.devices.flat}) == 1:
+    return params
+  everyone = within_hosts(mesh.devices.flat, mesh.shape["tensor"])
+  dims, shapes = lora.letters_in(params), jax.tree.map(lambda x: x.shape, params)
+  whole = jax.device_put(_cast(params, config.dtype), shardings(SAMPLED, everyone, dims, shapes))
+  here = shardings(SAMPLED, this_hosts_rows(everyone), dims, shapes)
+
+  def own(x, sharding):
+    shards = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
+
+  return jax.tree.map(own, whole, here)
+
+
 def sampler_params(config: qwen3.Qwen3Config, params: dict, mesh) -> list[dict]:
   """Parameters for each replica of `mesh`: compute dtype, split over tensor, otherwise whole.
 
@@ -43,12 +73,11 @@ def sampler_params(config: qwen3.Qwen3Config, params: dict, mesh) -> list[dict]:
   """
   replicas = replica_meshes(mesh)
   dims, shapes = lora.letters_in(params), jax.tree.map(lambda x: x.shape, params)
-  rules = {letter: axes for letter, axes in WEIGHTS.items() if letter != "D"}
-  layout = shardings(rules, side_by_side(mesh), dims, shapes)
+  layout = shardings(SAMPLED, side_by_side(mesh), dims, shapes)
   whole = jax.device_put(_cast(params, config.dtype), layout)
 
   def part(replica):
-    own = shardings(rules, replica, dims, shapes)
+    own = shardings(SAMPLED, replica, dims, shapes)
     devices = set(replica.devices.flat)
 
     def of_devices(x, sharding):
