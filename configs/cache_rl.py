@@ -17,7 +17,7 @@ Variants: `:tiny` the tiny world; `:colab` one 16 GB TPU chip, LoRA; `:gpu` one 
 
 from ml_collections import ConfigDict
 
-from configs import common, rl
+from configs import common, rl, scaffolds
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -38,6 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
     "replay": False,
     "summaries": 1,  # over 1: that many a drawn state are compared, and the summariser trained
   })  # fmt: skip
+  c.eval.scaffold = scaffolds.get("reasoning_cache", tiny=variant == "tiny")
   if variant == "tiny":
     c.rollout.prompt = "tiny_reason"
     c.rollout.problems = 16

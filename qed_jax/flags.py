@@ -18,8 +18,14 @@ POSITIVE = {
   "max_tokens", "score_chunk", "every", "keep", "clip_norm", "eps", "max_length", "chunk",
   "page", "lanes", "prefill_rows", "prefill_tokens", "prefill_budget", "max_skipped_steps",
   "deadline_s", "concurrency", "samples_per_problem", "retries", "timeout_s", "problems_at_once",
+  "votes", "outage_after", "canary_window",
   "choices", "prompt_tokens", "body_bytes", "body_s", "step_s", "data", "sequence", "tensor",
   "alpha",
+  "pool_size", "best", "refinements", "analyses", "population", "subset", "solutions", "max_kept",
+  "correct_count", "error_count", "max_iterations", "per_slot", "max_calls", "max_solutions",
+  "max_approaches",
+  "failures_in_a_row", "pass_score",
+  "ngram", "idle_s", "max_failures",
 }  # fmt: skip
 CHOICES = {
   "job": ("sft", "rl", "cache_rl"),
@@ -38,6 +44,11 @@ CHOICES = {
   "placement": ("colocated", "split"),
   "sampler": ("unmerged", "merged"),
   "api": ("chat", "responses"),
+  "aggregate": ("median", "mean", "min"),
+  "subsets_by": ("circulant", "random"),
+  "select": ("knockout", "random"),
+  "study": ("proofs", "judge"),
+  "format": ("parquet", "jsonl"),
 }  # fmt: skip
 SIGNED = {"fsdp"}
 

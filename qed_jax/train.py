@@ -6,21 +6,27 @@ rollouts to samples.jsonl, both in the workdir.
 """
 
 import dataclasses
+import functools
 import signal
 import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
-from qed_jax import flags, metrics, optim, sharding, workdir
+from qed_jax import flags, optim, sharding, workdir
+from qed_jax.chat import Unavailable
 from qed_jax.checkpoint import Checkpoints
+from qed_jax.data import packing
+from qed_jax.evaluation.held_out import HeldOut
 from qed_jax.model import flops, lora, qwen3
-from qed_jax.objectives import finalise, merge, policy_gradient, sft
+from qed_jax.objectives import merge, policy_gradient, sft
 from qed_jax.rollout import jobs, policy
+from qed_jax.rollout.step_log import Step, StepLog
+from qed_jax.tracing import Trace
 
-RESUMABLE = ("log", "checkpoint", "judge")  # fields that may change between two runs of a workdir
+# Fields that may change between two runs of a workdir.
+RESUMABLE = ("log", "checkpoint", "judge", "profile", "eval")
 
 
 def main(config, folder: str) -> None:
@@ -29,6 +35,7 @@ def main(config, folder: str) -> None:
   # --- What to train, and whether this machine can ---------------------------------------------
   workdir.check_same_config(root, config.to_dict(), ignore=RESUMABLE)
   adapter = lora.from_config(config.lora)
+  trace = Trace(root / "profile", config.profile.steps)
   sharding.initialize_hosts()
   policy.check_memory(config)
   mesh, sampling_mesh = jobs.meshes(config)
@@ -81,49 +88,59 @@ def main(config, folder: str) -> None:
 
   add_reference = reference_scorer(config, model, mesh, start, abstract["params"], adapter, frozen)
   for_sampler = sampler_view(config, adapter, frozen)
+  balance = functools.partial(
+    packing.balanced,
+    shards=max(1, sharding.rows_divisor(mesh) // jax.process_count()),
+    rows_at_once=config.batch.microbatch_rows // jax.process_count(),
+    overhead=flops.keys_per_token(model),
+  )
 
   # --- The loop ------------------------------------------------------------------------------
-  writer = metrics.MetricWriter(root, first)
-  samples = jobs.SampleLog(root / "samples.jsonl", first, config.log.samples)
-  progress = metrics.Progress(config.job, first, config.steps)
-  phases = metrics.Phases()
-  health = Health(root, config.max_skipped_steps)
-  step = first
+  log = StepLog(root, config, model, first, stream.lag)
+  held_out = HeldOut(config, model, mesh, tokenizer, root, first, stopped)
+  step, fault = first, None
   for step in range(first, config.steps):
-    with phases("data"):
-      produced = stream.next(for_sampler(state["params"]), step)
+    sampled = for_sampler(state["params"])
+    if not held_out.evaluate(step, sampled, log):
+      break
+    if trace.before(step):
+      log.settle()
+      trace.stop()
+    began = time.perf_counter()
+    try:
+      produced = stream.next(sampled, step)
+    except Unavailable as error:  # a judge that somebody has to mend: keep what was reached
+      produced, fault = None, error
     if produced is None:
       break
     batch, info, rollouts = produced
-    with phases("train") as phase:
-      on_device = add_reference(sharding.put(mesh, batch, "BT"))
-      with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
-        state, measured = update(state, on_device, frozen)
-      info |= finalise(measured)
-      phase.tokens += int(np.sum(batch.segments_BT > 0)) * jax.process_count()
-    info |= phases.metrics()
-    info |= utilisation(model, batch, info["seconds/train"], adapter)
-    health.check(step, info, batch)
-    if (step + 1) % config.log.every == 0 or step + 1 == config.steps:
-      writer.write(step + 1, info)
-      samples.write(step + 1, rollouts)
-    progress.update(step + 1, info)
+    dispatched = time.perf_counter()
+    info["seconds/data"] = dispatched - began
+    on_device = add_reference(sharding.put(mesh, balance(batch), "BT"))
+    with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
+      state, measured = update(state, on_device, frozen)
+    log.add(Step(step, batch, info, rollouts, measured, dispatched))
     checkpoints.check()
     if (step + 1) % config.checkpoint.every == 0:
+      log.settle()
       checkpoints.save(step + 1, state, {"stream": stream.state()})
   else:
     step = config.steps
+    held_out.evaluate(step, for_sampler(state["params"]), log)
 
   # --- The end, or SIGTERM ---------------------------------------------------------------------
+  log.settle()
+  trace.stop()
   if step > (checkpoints.latest_step() or 0):
     checkpoints.wait()
     if checkpoints.latest_step() != step:
       checkpoints.save(step, state, {"stream": stream.state()})
   checkpoints.close()
   stream.close()
-  writer.close()
-  samples.close()
-  progress.close()
+  log.close()
+  held_out.close()
+  if fault is not None:
+    raise fault
   print(f"{'stopped' if step < config.steps else 'finished'} at step {step}: {root}", flush=True)
 
 
@@ -167,9 +184,10 @@ def make_update(config, model, optimizer, adapter=None):
 
   def update(state, batch, frozen=None):
     grads, measured = gradients(state["params"], batch, frozen)
-    params, opt_state, applied = optim.apply_updates(
-      optimizer, state["params"], state["opt_state"], grads, measured["loss"]
-    )
+    with jax.named_scope("optimizer"):
+      params, opt_state, applied = optim.apply_updates(
+        optimizer, state["params"], state["opt_state"], grads, measured["loss"]
+      )
     return {"params": params, "opt_state": opt_state}, measured | applied
 
   return update
@@ -181,7 +199,7 @@ def sampler_view(config, adapter, frozen):
   An adapter stays apart: that needs no second copy of the weights, and bfloat16 weights would lose
   changes smaller than their spacing. Merged, each linear layer is one product instead of three.
   """
-  if adapter is None or config.lora.sampler == "unmerged":
+  if adapter is None or config.lora.sampler == "unmerged" or config.job == "sft":
     return lambda trained: lora.whole(adapter, frozen, trained)
   merge = jax.jit(lora.merge, static_argnums=1)
   return lambda trained: merge(lora.whole(adapter, frozen, trained), config.model.dtype)
@@ -229,33 +247,6 @@ def abstract_state(model, optimizer, mesh, param_dtype: str, adapter=None) -> di
 def layout(abstract):
   """The shardings of an abstract tree."""
   return jax.tree.map(lambda x: x.sharding, abstract)
-
-
-def utilisation(model, batch, seconds: float, adapter=None) -> dict[str, float]:
-  """MFU of the update, where the chip's peak is known."""
-  frozen = adapter is not None
-  done = flops.training(model, batch.positions_BT, batch.segments_BT, frozen) * jax.process_count()
-  share = metrics.mfu(done, seconds, jax.devices()[0].device_kind, jax.device_count())
-  return {} if share is None else {"mfu": share}
-
-
-class Health:
-  """Counts updates skipped in a row because loss or gradient was not finite."""
-
-  def __init__(self, root: epath.Path, limit: int):
-    self.root, self.limit, self.skipped = root, limit, 0
-
-  def check(self, step: int, info: dict, batch) -> None:
-    """Raises ValueError after `limit` in a row, with the batch saved for a look."""
-    self.skipped = self.skipped + 1 if info["skipped"] else 0
-    if self.skipped >= self.limit:
-      path = self.root / f"not_finite_{step}.npz"
-      with path.open("wb") as file:
-        np.savez(file, **{k: v for k, v in vars(batch).items() if v is not None})
-      raise ValueError(
-        f"loss or gradient was not finite {self.skipped} steps in a row (step {step}); the batch "
-        f"is in {path}: lower optimizer.lr, or look at the data"
-      )
 
 
 def on_sigterm():
