@@ -145,7 +145,7 @@ def test_the_same_adapter_goes_on_and_another_begins_on_the_merged_one(runs, tin
 def test_what_the_sampler_is_given(tiny, sampler):
   """The frozen arrays themselves with the adapter beside them, or plain weights of the same sum."""
   model, frozen = tiny
-  config = sft.get_config("tiny")
+  config = rl.get_config("tiny")
   config.lora.sampler = sampler
   trained = random_adapter(TWO, model)
   given = qwen3.flatten(train.sampler_view(config, TWO, frozen)(trained))

@@ -222,10 +222,10 @@ def test_non_finite_steps_are_skipped_and_then_stop_the_run(tmp_path, monkeypatc
   config.max_skipped_steps = 3
   put = sharding.put
 
-  def poisoned(mesh, batch, letters):
+  def poisoned(mesh, batch, *how):
     weight_BT = np.where(batch.weight_BT > 0, np.float32(np.nan), 0)
     weight_BT[batch.weight_BT > 0] = np.inf
-    return put(mesh, type(batch)(**{**vars(batch), "weight_BT": weight_BT}), letters)
+    return put(mesh, type(batch)(**{**vars(batch), "weight_BT": weight_BT}), *how)
 
   monkeypatch.setattr(sharding, "put", poisoned)
   with pytest.raises(ValueError, match="3 steps in a row") as error:
