@@ -42,7 +42,8 @@ def base() -> ConfigDict:
     "weight_decay": 0.01,
     "decay_norms": False,
     "clip_norm": 1.0,
-    "mu_dtype": "float32",  # of the first moment; the second is float32
+    "mu_dtype": "float32",  # of the first moment
+    "second_moment": "float32",  # or "bfloat16", stochastically rounded; or "factored" (Adafactor)
   })  # fmt: skip
   c.batch = ConfigDict({
     "row_length": 0,  # tokens of a packed row

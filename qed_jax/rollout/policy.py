@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import NamedSharding
 
-from qed_jax import checkpoint, sharding
+from qed_jax import checkpoint, optim, sharding
 from qed_jax.data.tokenizer import Tokenizer
 from qed_jax.model import hf_weights, presets, qwen3
 
@@ -96,10 +96,9 @@ def check_memory(config) -> None:
     return
   model = presets.from_preset(name, dtype="bfloat16", remat="layer", attention="auto")
   count = sum(math.prod(shape) for shape in qwen3.shapes(model).values())
-  parameter, first_moment = (
-    jnp.dtype(t).itemsize for t in (config.model.param_dtype, config.optimizer.mu_dtype)
-  )
-  needed = count * (2 * parameter + first_moment + 4) / 1e9  # the second moment is float32
+  parameter = jnp.dtype(config.model.param_dtype).itemsize
+  moments = optim.moment_bytes(config.optimizer.mu_dtype, config.optimizer.second_moment)
+  needed = count * (2 * parameter + moments) / 1e9
   device, devices = jax.devices()[0], jax.device_count()
   stats = device.memory_stats() or {}
   if "bytes_limit" in stats:
