@@ -128,10 +128,10 @@ def tiny(c: ConfigDict) -> None:
   """The tiny world: a Qwen3 of 0.6 million parameters on two CPU cores."""
   c.init, c.init_revision = "", ""
   c.model.update(preset="tiny", dtype="float32", remat="none", score_chunk=128)
-  c.mesh.tensor = 1
+  c.mesh.update(sequence=1, tensor=1)
   c.steps = 1_300
   c.optimizer.update(lr=3e-3, warmup_steps=20, b2=0.95, weight_decay=0.0, clip_norm=1.0)
-  c.batch.update(row_length=128, rows=16)
+  c.batch.update(row_length=128, rows=16, microbatch_rows=0)
   c.checkpoint.every = 100
   c.log.every = 10
 
@@ -139,6 +139,6 @@ def tiny(c: ConfigDict) -> None:
 def colab(c: ConfigDict) -> None:
   """One 16 GB TPU chip: Qwen3-0.6B, all weights in bf16 but the optimizer's moments."""
   c.init, c.init_revision = "Qwen/Qwen3-0.6B", "main"
-  c.mesh.tensor = 1
+  c.mesh.update(sequence=1, tensor=1)
   c.model.param_dtype = "bfloat16"
   c.checkpoint.every = 25

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from qed_jax import metrics, prompts, records, sharding
 from qed_jax.chat import Endpoint, HttpChat
@@ -164,7 +165,9 @@ def frozen_summariser(config, model, mesh, tokenizer, start, params_layout):
     frozen = policy.locate(name, config.cache.summariser_revision, "config.cache.summariser")
     sizes, words = policy.sizes(frozen, config.model), tokenizers.load(frozen.folder)
     params_layout = policy.abstract_params(sizes, mesh, config.model.dtype)
-  engine = make_engine(sizes, mesh, config.rollout, words)
+  block = ConfigDict(config.rollout.to_dict())
+  block.slots, block.pages = config.cache.slots, config.cache.pages
+  engine = make_engine(sizes, mesh, block, words)
   engine.set_params(policy.load_params(frozen, sizes, params_layout, config.seed), 0)
   return EngineChat(engine, words, config.seed).chat
 

@@ -40,13 +40,10 @@ def sampler_params(config: qwen3.Qwen3Config, params: dict, mesh) -> list[dict]:
   accelerators leaves that need no change are the caller's own arrays, not copies.
   """
   replicas = replica_meshes(mesh)
-  dims = {path: qwen3.DIMS[path] for path in qwen3.shapes(config)}
-  rules = {letter: axes for letter, axes in WEIGHTS.items() if letter != "D"}
-  layout = qwen3.unflatten(shardings(rules, side_by_side(mesh), dims, qwen3.shapes(config)))
-  whole = jax.device_put(_cast(params, config.dtype), layout)
+  whole = jax.device_put(_cast(params, config.dtype), layout(config, side_by_side(mesh)))
 
   def part(replica):
-    own = qwen3.unflatten(shardings(rules, replica, dims, qwen3.shapes(config)))
+    own = layout(config, replica)
     devices = set(replica.devices.flat)
 
     def of_devices(x, sharding):
@@ -57,6 +54,13 @@ def sampler_params(config: qwen3.Qwen3Config, params: dict, mesh) -> list[dict]:
     return _for_cpu(config, here) if by_layer(replica) else here
 
   return [part(replica) for replica in replicas]
+
+
+def layout(config: qwen3.Qwen3Config, mesh) -> dict:
+  """Shardings of the sampler's parameters: split over `tensor`, the width D whole."""
+  dims = {path: qwen3.DIMS[path] for path in qwen3.shapes(config)}
+  rules = {letter: axes for letter, axes in WEIGHTS.items() if letter != "D"}
+  return qwen3.unflatten(shardings(rules, mesh, dims, qwen3.shapes(config)))
 
 
 def model_view(config: qwen3.Qwen3Config, params: dict) -> tuple[qwen3.Qwen3Config, dict]:
