@@ -83,13 +83,13 @@ def parse(name: str, slices: int = 1) -> Topology:
     near = difflib.get_close_matches(generation, CHIPS, 1, 0) or list(CHIPS)
     example = f"{near[0]}:{choices(near[0])[-1]}"
     raise ValueError(
-      f"no chip {generation!r} in --topology={name}: use {', '.join(CHIPS)} ({example})"
+      f"no chip {generation!r} in --topology={name!r}: use {', '.join(CHIPS)} ({example})"
     )
   if shape not in choices(generation):
     wanted = size(shape)
     near = sorted(choices(generation), key=lambda s: abs(math.log(size(s) / max(1, wanted))))[:3]
     near = ", ".join(f"{generation}:{s}" for s in near)
-    raise ValueError(f"no topology {shape!r} of {generation} in --topology={name}: try {near}")
+    raise ValueError(f"no topology {shape!r} of {generation} in --topology={name!r}: try {near}")
   if slices < 1:
     raise ValueError(f"--slices is {slices}: give 1 or more")
   return Topology(f"{generation}:{shape}", generation, size(shape), slices)
