@@ -14,7 +14,7 @@ GROUND = {
   "figures", "flags", "host_memory", "host_state", "intervals", "replies", "workdir",
 }  # fmt: skip
 MIDDLE = {"model", "data", "objectives", "rewards", "scaffolds"}
-FLOORS = (GROUND, MIDDLE, {"rollout"}, {"serving"}, MAINS)
+FLOORS = (GROUND, MIDDLE, {"rollout"}, {"serving", "planning"}, MAINS)
 KERNELS_CALLERS = ("qed_jax/model/attention.py", "qed_jax/model/head.py")
 KERNELS_MAY_IMPORT = {"jax", "jaxlib", "numpy", "qed_kernels"}
 ORBAX_CALLER = "qed_jax/checkpoint.py"

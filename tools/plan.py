@@ -14,7 +14,8 @@ Prints HBM by kind, bytes that collectives send by mesh axis, the roofline of a 
 bound, keys and values that fit, and, where the config does not fit, the cheapest change that makes
 it fit. In RL a step is the largest there is: every attempt as long as it may be. MFU counts the
 model's products, causal halves only, without remat. Exits 1 when it does not fit, 2 when the
-config or the topology is impossible. The last line is JSON; --save adds it to a file.
+config or the topology is impossible. The last line is JSON; --save adds it to a file of them, of
+which --table makes the table of a page.
 """
 
 import dataclasses
@@ -32,16 +33,19 @@ from absl import flags as absl_flags  # noqa: E402
 
 from qed_jax import flags  # noqa: E402
 from qed_jax.model import kv_cache  # noqa: E402
-from qed_jax.planning import chips, memory, remedies, roofline  # noqa: E402
+from qed_jax.planning import chips, memory, remedies, roofline, table  # noqa: E402
 
 TOPOLOGY = absl_flags.DEFINE_string("topology", None, "v5p:4x4x4, v6e-64, h200:1, ...")
 SLICES = absl_flags.DEFINE_integer("slices", 1, "slices joined by the data-centre network")
 SAVE = absl_flags.DEFINE_string("save", "", "a JSON file of results to add this one to")
 ESTIMATE = absl_flags.DEFINE_boolean("estimate", False, "estimate from sizes; compile nothing")
+TABLE = absl_flags.DEFINE_string("table", "", "a page with a table of all results in --save")
 FIND = absl_flags.DEFINE_boolean("remedy", True, "look for a change that fits where it does not")
 
 
 def main(config, _) -> None:
+  if TABLE.value and not SAVE.value:
+    raise ValueError("--table shows what --save has saved: give both")
   if not TOPOLOGY.value:
     raise ValueError("--topology is missing: name one such as v5p:4x4x4, v6e-64 or h200:1")
   topology = chips.parse(TOPOLOGY.value, SLICES.value)
@@ -64,7 +68,10 @@ def main(config, _) -> None:
     result["remedy"] = remedy(config, topology, result, estimated)
   show(result)
   if SAVE.value:
-    save(Path(SAVE.value), result)
+    saved = save(Path(SAVE.value), result)
+    if TABLE.value:
+      page = Path(TABLE.value)
+      page.write_text(table.replaced(page.read_text(), saved))
   print(json.dumps(result))
   sys.exit(0 if result["fits"] else 1)
 
@@ -254,7 +261,7 @@ def versions() -> dict[str, str]:
   return found
 
 
-def save(path: Path, result: dict) -> None:
+def save(path: Path, result: dict) -> list[dict]:
   """Adds a result to a file of them, in place of one for the same config and topology."""
   key = lambda r: (r["config"], r["topology"], r["slices"], r["source"])  # noqa: E731
   old = json.loads(path.read_text()) if path.exists() else []
@@ -263,6 +270,7 @@ def save(path: Path, result: dict) -> None:
   unfinished = path.with_suffix(".tmp")
   unfinished.write_text("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")
   unfinished.replace(path)
+  return rows
 
 
 if __name__ == "__main__":

@@ -28,8 +28,11 @@ from qed_jax.planning.chips import GIB, Topology
 from qed_jax.records import Batch
 from qed_jax.rollout import sampler, weights
 
-# "Used 20.55G of 15.75G hbm": what a program needs that does not fit.
-USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+# What libtpu says of a program that does not fit, its need first.
+REFUSAL = re.compile(
+  r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm"
+  r"|\(([\d.]+)([KMG])\) exceeds available HBM \([\d.]+[KMG]\)"
+)
 UNIT = {"K": 1 << 10, "M": 1 << 20, "G": GIB}
 
 
@@ -152,10 +155,11 @@ def compiled(lower, mesh) -> Compiled:
       try:
         program = lowered.compile()
       except jax.errors.JaxRuntimeError as error:
-        if not (used := USED.search(str(error))):
+        if not (refusal := REFUSAL.search(str(error))):
           raise
-        needed = float(used[1]) * UNIT[used[2]]
-        return Compiled(0, needed, 0, 0, 0, {}, time.perf_counter() - begin, used[0])
+        number, unit = filter(None, refusal.groups())
+        spent = time.perf_counter() - begin
+        return Compiled(0, float(number) * UNIT[unit], 0, 0, 0, {}, spent, refusal[0])
   finally:
     jax.config.update("jax_compilation_cache_dir", cache)
   m = program.memory_analysis()
