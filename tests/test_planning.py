@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from configs import cache_rl, rl, sft
 from qed_jax import flags, optim, sharding, train
@@ -316,14 +317,14 @@ def test_each_lever_takes_less():
 def test_a_lora_block_trains_adapters_only():
   """Gradients and moments are of the adapters; the weights stay."""
   config = sft.get_config()
-  config.lora = {"rank": 16, "alpha": 32.0, "targets": "_proj"}
+  config.lora = ConfigDict({"rank": 16, "targets": "all-linear", "sampler": "unmerged"})
   mesh = memory.mesh_sizes(config, 64)
   adapted = memory.estimate(config, MODEL, mesh)
   plain = memory.estimate(sft.get_config(), MODEL, mesh)
-  assert plain.weights < adapted.weights < 1.05 * plain.weights
+  assert 0.5 * plain.weights < adapted.weights < 0.55 * plain.weights  # bfloat16, and adapters
   assert adapted.optimizer < 0.02 * plain.optimizer and adapted.gradients < 0.02 * plain.gradients
-  of_q = 16 * 36 * (2560 + 32 * 128)
-  assert memory.adapter_parameters(MODEL, config.lora.copy_and_resolve_references()) > 4 * of_q
+  config.lora.targets = "q_proj"
+  assert memory.adapter_parameters(MODEL, config.lora) == 16 * 36 * (2560 + 32 * 128)
 
 
 # --- time

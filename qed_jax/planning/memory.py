@@ -5,6 +5,7 @@ pass needs beside them is a fit to libtpu's results (tests/goldens/plans.json).
 """
 
 import dataclasses
+import fnmatch
 import math
 
 from qed_jax import optim, sharding
@@ -158,22 +159,21 @@ def estimate(config, model: qwen3.Qwen3Config, mesh, scores: bool = False) -> Me
   scores: whether plain XLA attends, with its blocks of scores, and no kernel: on a GPU.
   """
   lora = config.get("lora")
-  adapted = bool(lora and lora.get("rank", 0))
+  adapted = bool(lora and lora.rank)
+  held = shard_bytes(model, mesh, model.dtype if adapted else config.model.param_dtype)
   trained = shard_bytes(model, mesh, config.model.param_dtype)
-  weights = trained
-  if adapted:
-    share = adapter_parameters(model, lora) / parameters(model)
-    base = BYTES[config.model.param_dtype]
-    trained = trained / base * 4 * share
-    weights += trained
-  count = trained / (4 if adapted else BYTES[config.model.param_dtype])
+  if adapted:  # what is frozen stays in the compute dtype
+    trained *= adapter_parameters(model, lora) / parameters(model)
+  weights = held + trained if adapted else trained
+  count = trained / BYTES[config.model.param_dtype]
   tokens, wide = tokens_at_once(config, mesh), BYTES[model.dtype]
   microbatches = rows_of_step(config) > rows_at_once(config)
   heads = model.num_heads * model.head_dim
   widths = model.intermediate_size + heads + 2 * model.num_kv_heads * model.head_dim
   widths += model.hidden_size
   tensor = mesh.shape["tensor"]
-  embedding = model.vocab_size * model.hidden_size / tensor
+  # The head, gathered to be multiplied, and its gradient before it is split.
+  head = model.vocab_size * model.hidden_size / tensor * (wide + (0 if adapted else 4))
   blocks = 0.0
   if scores:  # scores, probabilities and their gradient of a chunk of queries
     rows = max(1, rows_at_once(config) // (mesh.shape["data"] * mesh.shape["fsdp"]))
@@ -183,7 +183,7 @@ def estimate(config, model: qwen3.Qwen3Config, mesh, scores: bool = False) -> Me
     optimizer=count * optim.moment_bytes(config.optimizer.mu_dtype, config.optimizer.second_moment),
     gradients=trained * (2 if microbatches else 1),
     activations=kept_bytes(model) * tokens,
-    temporaries=LAYER_ARRAYS * widths * tokens * wide + embedding * (wide + 4) + blocks,
+    temporaries=LAYER_ARRAYS * widths * tokens * wide + head + blocks,
     batch=rows_of_step(config)
     * config.batch.row_length
     * (16 if config.job == "sft" else 28)
@@ -192,9 +192,8 @@ def estimate(config, model: qwen3.Qwen3Config, mesh, scores: bool = False) -> Me
   if config.job == "sft":
     return memory
   shapes = engine_shapes(config.rollout, mesh)
-  shared = (
-    config.model.param_dtype == model.dtype and mesh.shape["fsdp"] * mesh.shape["sequence"] == 1
-  )
+  same_type = adapted and lora.sampler == "unmerged" or config.model.param_dtype == model.dtype
+  shared = same_type and mesh.shape["fsdp"] * mesh.shape["sequence"] == 1
   whole = {letter: axes for letter, axes in sharding.WEIGHTS.items() if letter != "D"}
   copy = shard_bytes(model, mesh, model.dtype, whole)
   memory = dataclasses.replace(
@@ -261,14 +260,13 @@ def parameters(model: qwen3.Qwen3Config) -> int:
 
 
 def adapter_parameters(model: qwen3.Qwen3Config, lora) -> int:
-  """Of rank-r pairs beside every projection that a pattern of lora.targets names, or all seven."""
-  patterns = lora.get("targets", ()) or ("_proj",)
-  patterns = (patterns,) if isinstance(patterns, str) else patterns
+  """Of pairs of rank lora.rank beside the projections that lora.targets names: "all-linear", or
+  names and wildcards with commas between."""
+  names = [name.strip() for name in lora.targets.split(",")]
+  patterns = ["*" if name == "all-linear" else f"*{name}" for name in names]
   total = 0
   for path, shape in qwen3.shapes(model).items():
-    if path.endswith("_proj") and any(p.strip("*.$^") in path for p in patterns):
-      letters = qwen3.DIMS[path]
-      D = model.hidden_size
-      total += shape[0] * lora.rank * (D + math.prod(shape[1:]) // D)
-      assert "D" in letters
+    if path.endswith("_proj") and any(fnmatch.fnmatchcase(path, p) for p in patterns):
+      other = math.prod(shape[1:]) // model.hidden_size  # of inputs and outputs one is the width
+      total += shape[0] * lora.rank * (model.hidden_size + other)
   return total
