@@ -52,6 +52,7 @@ def base() -> ConfigDict:
   })  # fmt: skip
   c.checkpoint = ConfigDict({"every": 50, "keep": 2})
   c.log = ConfigDict({"every": 1, "samples": 4})
+  c.profile = ConfigDict({"steps": ()})  # (10, 13): a jax.profiler trace of steps 10, 11 and 12
   c.max_skipped_steps = 5  # non-finite updates in a row before the run stops
   return c
 

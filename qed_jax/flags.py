@@ -19,6 +19,9 @@ POSITIVE = {
   "page", "lanes", "prefill_rows", "prefill_tokens", "prefill_budget", "max_skipped_steps",
   "deadline_s", "concurrency", "samples_per_problem", "retries", "timeout_s", "problems_at_once",
   "choices", "prompt_tokens", "body_bytes", "body_s", "step_s", "data", "sequence", "tensor",
+  "pool_size", "best", "refinements", "analyses", "population", "subset", "solutions", "max_kept",
+  "correct_count", "error_count", "max_iterations", "per_slot", "max_calls", "max_solutions",
+  "max_approaches",
 }  # fmt: skip
 CHOICES = {
   "job": ("sft", "rl", "cache_rl"),
@@ -37,6 +40,8 @@ CHOICES = {
   "order": ("admission", "arrival"),
   "placement": ("colocated", "split"),
   "api": ("chat", "responses"),
+  "subsets_by": ("circulant", "random"),
+  "select": ("knockout", "random"),
 }  # fmt: skip
 SIGNED = {"fsdp"}
 

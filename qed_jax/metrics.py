@@ -1,13 +1,11 @@
-"""What a run says about itself: metrics.jsonl and TensorBoard, seconds by phase, MFU, progress."""
+"""What a run says about itself: metrics.jsonl and TensorBoard, MFU, progress."""
 
-import contextlib
 import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, TextIO
 
@@ -165,42 +163,6 @@ class MetricWriter:
     self._rows.close()
     if self._events is not None:
       self._events.close()
-
-
-class Phases:
-  """Seconds, and tokens a second, by phase of a step.
-
-  with phases("rollout") as phase: ...; phase.tokens += n. `metrics` gives the sums since it was
-  last called. Device work must be waited for within the phase, or a later one pays for it.
-  """
-
-  def __init__(self):
-    self._sums: dict[str, Phase] = {}
-
-  @contextlib.contextmanager
-  def __call__(self, name: str) -> Iterator["Phase"]:
-    phase = self._sums.setdefault(name, Phase())
-    began = time.perf_counter()
-    try:
-      yield phase
-    finally:
-      phase.seconds += time.perf_counter() - began
-
-  def metrics(self) -> dict[str, float]:
-    """{"seconds/rollout": ..., "tokens_per_s/rollout": ...}; the latter where tokens were given."""
-    values = {f"seconds/{name}": phase.seconds for name, phase in self._sums.items()}
-    for name, phase in self._sums.items():
-      if phase.tokens:
-        values[f"tokens_per_s/{name}"] = phase.tokens / max(phase.seconds, 1e-9)
-    self._sums = {}
-    return values
-
-
-class Phase:
-  """What one phase has taken so far."""
-
-  def __init__(self):
-    self.seconds, self.tokens = 0.0, 0
 
 
 class Progress:

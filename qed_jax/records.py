@@ -84,13 +84,15 @@ class Call:
   """One model call of a scaffold.
 
   stage: what it was for ("reason", "verify", ...). depth: the length of the longest chain of calls
-  that had to end before this one could begin, plus one.
+  that had to end before this one could begin, plus one. error: why it failed, in one line; its
+  completion is then empty.
   """
 
   stage: str
   messages: tuple[dict[str, str], ...]
   completion: Completion
   depth: int
+  error: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,13 +18,17 @@ class Malformed(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-  """finish_reason is "stop" or "length". Token counts are the server's, where it sends any."""
+  """finish_reason is "stop" or "length". Token counts are the server's, where it sends any.
+
+  seconds: how long it took, where whoever keeps it says so.
+  """
 
   reasoning: str
   content: str
   finish_reason: str
   input_tokens: int
   output_tokens: int
+  seconds: float = 0.0
 
 
 def read(body: bytes, api: str, asked: int) -> Reply:

@@ -6,21 +6,29 @@ rollouts to samples.jsonl, both in the workdir.
 """
 
 import dataclasses
+import functools
 import signal
 import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
-from qed_jax import flags, metrics, optim, sharding, workdir
+from qed_jax import flags, optim, sharding, workdir
 from qed_jax.checkpoint import Checkpoints
+from qed_jax.data import packing
 from qed_jax.model import flops, qwen3
-from qed_jax.objectives import finalise, merge, policy_gradient, sft
+from qed_jax.objectives import merge, policy_gradient, sft
 from qed_jax.rollout import jobs, policy
+from qed_jax.rollout.step_log import Step, StepLog
+from qed_jax.tracing import Trace
 
-RESUMABLE = ("log", "checkpoint", "judge")  # fields that may change between two runs of a workdir
+RESUMABLE = (
+  "log",
+  "checkpoint",
+  "judge",
+  "profile",
+)  # fields that may change between two runs of a workdir
 
 
 def main(config, folder: str) -> None:
@@ -28,6 +36,7 @@ def main(config, folder: str) -> None:
 
   # --- What to train, and whether this machine can ---------------------------------------------
   workdir.check_same_config(root, config.to_dict(), ignore=RESUMABLE)
+  trace = Trace(root / "profile", config.profile.steps)
   sharding.initialize_hosts()
   policy.check_memory(config)
   mesh, sampling_mesh = jobs.meshes(config)
@@ -70,49 +79,48 @@ def main(config, folder: str) -> None:
   )
 
   add_reference = reference_scorer(config, model, mesh, start, abstract["params"])
+  balance = functools.partial(
+    packing.balanced,
+    shards=max(1, sharding.rows_divisor(mesh) // jax.process_count()),
+    rows_at_once=config.batch.microbatch_rows // jax.process_count(),
+    overhead=flops.keys_per_token(model),
+  )
 
   # --- The loop ------------------------------------------------------------------------------
-  writer = metrics.MetricWriter(root, first)
-  samples = jobs.SampleLog(root / "samples.jsonl", first, config.log.samples)
-  progress = metrics.Progress(config.job, first, config.steps)
-  phases = metrics.Phases()
-  health = Health(root, config.max_skipped_steps)
+  log = StepLog(root, config, model, first, stream.lag)
   step = first
   for step in range(first, config.steps):
-    with phases("data"):
-      produced = stream.next(state["params"], step)
+    if trace.before(step):
+      log.settle()
+      trace.stop()
+    began = time.perf_counter()
+    produced = stream.next(state["params"], step)
     if produced is None:
       break
     batch, info, rollouts = produced
-    with phases("train") as phase:
-      on_device = add_reference(sharding.put(mesh, batch, "BT"))
-      with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
-        state, measured = update(state, on_device)
-      info |= finalise(measured)
-      phase.tokens += int(np.sum(batch.segments_BT > 0)) * jax.process_count()
-    info |= phases.metrics()
-    info |= utilisation(model, batch, info["seconds/train"])
-    health.check(step, info, batch)
-    if (step + 1) % config.log.every == 0 or step + 1 == config.steps:
-      writer.write(step + 1, info)
-      samples.write(step + 1, rollouts)
-    progress.update(step + 1, info)
+    dispatched = time.perf_counter()
+    info["seconds/data"] = dispatched - began
+    on_device = add_reference(sharding.put(mesh, balance(batch), "BT"))
+    with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
+      state, measured = update(state, on_device)
+    log.add(Step(step, batch, info, rollouts, measured, dispatched))
     checkpoints.check()
     if (step + 1) % config.checkpoint.every == 0:
+      log.settle()
       checkpoints.save(step + 1, state, {"stream": stream.state()})
   else:
     step = config.steps
 
   # --- The end, or SIGTERM ---------------------------------------------------------------------
+  log.settle()
+  trace.stop()
   if step > (checkpoints.latest_step() or 0):
     checkpoints.wait()
     if checkpoints.latest_step() != step:
       checkpoints.save(step, state, {"stream": stream.state()})
   checkpoints.close()
   stream.close()
-  writer.close()
-  samples.close()
-  progress.close()
+  log.close()
   print(f"{'stopped' if step < config.steps else 'finished'} at step {step}: {root}", flush=True)
 
 
@@ -152,9 +160,10 @@ def make_update(config, model, optimizer):
 
   def update(state, batch):
     grads, measured = gradients(state["params"], batch)
-    params, opt_state, applied = optim.apply_updates(
-      optimizer, state["params"], state["opt_state"], grads, measured["loss"]
-    )
+    with jax.named_scope("optimizer"):
+      params, opt_state, applied = optim.apply_updates(
+        optimizer, state["params"], state["opt_state"], grads, measured["loss"]
+      )
     return {"params": params, "opt_state": opt_state}, measured | applied
 
   return update
@@ -201,32 +210,6 @@ def abstract_state(model, optimizer, mesh, param_dtype: str) -> dict:
 def layout(abstract):
   """The shardings of an abstract tree."""
   return jax.tree.map(lambda x: x.sharding, abstract)
-
-
-def utilisation(model, batch, seconds: float) -> dict[str, float]:
-  """MFU of the update, where the chip's peak is known."""
-  done = flops.training(model, batch.positions_BT, batch.segments_BT) * jax.process_count()
-  share = metrics.mfu(done, seconds, jax.devices()[0].device_kind, jax.device_count())
-  return {} if share is None else {"mfu": share}
-
-
-class Health:
-  """Counts updates skipped in a row because loss or gradient was not finite."""
-
-  def __init__(self, root: epath.Path, limit: int):
-    self.root, self.limit, self.skipped = root, limit, 0
-
-  def check(self, step: int, info: dict, batch) -> None:
-    """Raises ValueError after `limit` in a row, with the batch saved for a look."""
-    self.skipped = self.skipped + 1 if info["skipped"] else 0
-    if self.skipped >= self.limit:
-      path = self.root / f"not_finite_{step}.npz"
-      with path.open("wb") as file:
-        np.savez(file, **{k: v for k, v in vars(batch).items() if v is not None})
-      raise ValueError(
-        f"loss or gradient was not finite {self.skipped} steps in a row (step {step}); the batch "
-        f"is in {path}: lower optimizer.lr, or look at the data"
-      )
 
 
 def on_sigterm():

@@ -36,7 +36,7 @@ def write_run_files(workdir: str | os.PathLike, config: dict) -> None:
 
 
 # Fields that the program had not yet when an old workdir was made, and what their absence means.
-ADDED = {"mesh.sequence": "1"}
+ADDED = {"mesh.sequence": "1", "profile.steps": "[]"}
 
 
 def check_same_config(

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import threading
+import time
 
 import huggingface_hub
 import numpy as np
@@ -407,7 +408,7 @@ def test_order_depends_on_the_seed_alone(words):
   assert first != second
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(
   st.integers(0, 140),
   st.sampled_from([1, 2, 5, 64, 70]),
@@ -432,6 +433,66 @@ def test_resume_goes_on_with_the_same_batches(words, rows_before, rows, read_thr
     again = next(resumed)
     for name in ("tokens_BT", "positions_BT", "segments_BT", "weight_BT"):
       np.testing.assert_array_equal(getattr(again, name), getattr(batch, name))
+
+
+class Watched:
+  """Rows that count how many of them were read."""
+
+  def __init__(self, rows):
+    self.rows, self.read = rows, 0
+
+  def __len__(self):
+    return len(self.rows)
+
+  def __getitem__(self, i):
+    self.read += 1
+    return self.rows[i]
+
+
+def test_the_next_batches_are_made_while_the_device_works(words):
+  """Nobody asks for them, and yet rows are read for two batches more; then it rests."""
+  source = Watched(SOURCE)
+  arguments = {"row_length": 24, "rows": sft.OPEN_ROWS, "seed": 3, "epochs": None}
+  arguments |= {"process_index": 0, "process_count": 1, "read_threads": 0}
+  iterator = iter(sft.dataset(source, words, template=TEMPLATE, **arguments)[0])
+  for batch in range(3):
+    next(iterator)
+    handed_out, end = (batch + 1) * sft.OPEN_ROWS, time.monotonic() + 60
+    while source.read < handed_out + 2 * sft.OPEN_ROWS:  # each row holds one example or more
+      assert time.monotonic() < end, "no batch is made ahead"
+      time.sleep(0.01)
+  seen = -1
+  while source.read != seen:
+    assert time.monotonic() < end, "batches are made without end"
+    seen = source.read
+    time.sleep(0.2)
+
+
+def test_proofs_fill_95_percent_of_an_sft_batch():
+  """Lengths like FineProofs' (log-normal, median 16k of at most 45k) in units of 64 tokens."""
+  rng = np.random.default_rng(0)
+  lengths = np.clip(rng.lognormal(np.log(250), 0.6, 2_000), 8, 704).astype(int)
+
+  class Lengths:
+    def example(self, conversation):
+      length = int(conversation[1]["content"].split()[1])
+      return np.ones(length, np.int32), np.ones(length, bool)
+
+  source = [{"problem": "p", "reasoning_content": f"{n} ", "proof": "QED"} for n in lengths]
+  batches, too_long = sft.dataset(
+    source,
+    Lengths(),
+    template=TEMPLATE,
+    row_length=704,
+    rows=32,
+    seed=0,
+    epochs=None,
+    process_index=0,
+    process_count=1,
+    read_threads=0,
+  )
+  filled = [np.mean(b.segments_BT > 0) for _, b in zip(range(20), batches, strict=False)]
+  assert not too_long and np.mean(filled) > 0.95, np.mean(filled)
 
 
 def test_all_rows_too_long_stops(words):

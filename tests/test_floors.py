@@ -11,7 +11,8 @@ MAINS = {"train", "evaluate", "serve", "convert", "report"}
 # A floor imports lower floors; the parts of the ground also one another, without cycles.
 GROUND = {
   "records", "sharding", "chat", "prompts", "metrics", "optim", "checkpoint", "checksums",
-  "figures", "flags", "host_memory", "host_state", "intervals", "replies", "workdir",
+  "figures", "flags", "host_memory", "host_state", "intervals", "journal", "replies", "tracing",
+  "workdir",
 }  # fmt: skip
 MIDDLE = {"model", "data", "objectives", "rewards", "scaffolds"}
 FLOORS = (GROUND, MIDDLE, {"rollout"}, {"serving", "planning"}, MAINS)

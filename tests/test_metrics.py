@@ -133,25 +133,6 @@ def test_remote_file_is_written_whole(tmp_path, monkeypatch):
   ]
 
 
-def test_phases(monkeypatch):
-  """Seconds add up over re-entries, also past an exception; rates only where tokens are given."""
-  clock = iter([0.0, 2.0, 10.0, 13.0, 20.0, 21.0])
-  monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
-  phases = metrics.Phases()
-  with phases("rollout") as phase:
-    phase.tokens += 30
-  with phases("rollout") as phase:
-    phase.tokens += 20
-  with pytest.raises(KeyError), phases("judge"):
-    raise KeyError
-  assert phases.metrics() == {
-    "seconds/rollout": 5.0,
-    "seconds/judge": 1.0,
-    "tokens_per_s/rollout": 10.0,
-  }
-  assert phases.metrics() == {}
-
-
 @pytest.mark.parametrize(
   ("kind", "peak"),
   [

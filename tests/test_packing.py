@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qed_jax import records
 from qed_jax.data import packing
 from qed_jax.model import qwen3
 
@@ -147,3 +148,77 @@ def test_packed_examples_do_not_see_each_other(tiny):
   for i in (0, 2):
     np.testing.assert_allclose(after[i], packed[i], atol=1e-6)
   assert not np.allclose(after[1], packed[1])
+
+
+def proofs(rng, number: int) -> np.ndarray:
+  """Lengths like FineProofs': log-normal, median 16k of at most 45k, here in units of 64 tokens."""
+  return np.clip(rng.lognormal(np.log(250), 0.6, number), 8, 704).astype(int)
+
+
+def batch_of(lengths, row_length: int, rows_multiple: int):
+  """Packed rows in no order, as SFT has them; best fit would make the fullest ones first."""
+  examples = [{"tokens": np.full(n, i), "weight": np.ones(n)} for i, n in enumerate(lengths)]
+  batch, _ = packing.pack_rows(examples, row_length=row_length, rows_multiple=rows_multiple)
+  order_B = np.random.default_rng(1).permutation(batch.tokens_BT.shape[0])
+  rows = {name: x[order_B] for name, x in vars(batch).items() if x is not None}
+  return records.Batch(**rows)
+
+
+@settings(deadline=None)
+@given(lengths_strategy, st.sampled_from([(1, 1), (2, 4), (4, 4), (2, 0), (3, 6)]))
+def test_balancing_only_moves_rows(lengths, split):
+  """Every row is there once, with all its arrays; rows that do not divide stay as they are."""
+  shards, at_once = split
+  batch, _ = packing.pack_rows(make_examples(lengths), row_length=ROW, rows_multiple=4)
+  moved = packing.balanced(batch, shards=shards, rows_at_once=at_once, overhead=3.0)
+  assert moved.reference_logp_BT is None
+
+  def rows(b):
+    arrays = [x for x in vars(b).values() if x is not None]
+    return sorted(tuple(x[i].tobytes() for x in arrays) for i in range(b.tokens_BT.shape[0]))
+
+  assert rows(moved) == rows(batch)
+
+
+def test_a_rows_cost_is_that_of_its_segments():
+  """A segment of L tokens costs L (L + 1) / 2 seen keys and `overhead` keys a token."""
+  batch = batch_of([5, 3, 8], 8, 1)
+  expected = sorted([15 + 6 + 8 * 2.0, 36 + 8 * 2.0])
+  np.testing.assert_allclose(np.sort(packing.costs(batch, 2.0)), expected)
+
+
+def waiting(batch, shards: int, at_once: int, overhead: float) -> float:
+  """How much longer a step takes than its work: devices wait for the dearest at each microbatch."""
+  cost = packing.costs(batch, overhead).reshape(-1, shards, at_once // shards).sum(axis=2)
+  return cost.max(axis=1).sum() / cost.mean(axis=1).sum()
+
+
+@pytest.mark.parametrize(("shards", "at_once"), [(8, 8), (8, 16), (8, 64), (4, 64)])
+def test_devices_wait_less_for_one_another(shards, at_once):
+  """Rows of proofs by cost: of the waiting in a random order, a third is left at most."""
+  rng = np.random.default_rng(0)
+  batch = batch_of(proofs(rng, 160), 704, 64)
+  overhead = 213.0  # Qwen3-4B's 13,639 keys a token, in the same units
+  before = waiting(batch, shards, at_once, overhead)
+  moved = packing.balanced(batch, shards=shards, rows_at_once=at_once, overhead=overhead)
+  after = waiting(moved, shards, at_once, overhead)
+  assert after - 1 < (before - 1) / 3, (before, after)
+
+
+def test_hosts_that_know_nothing_of_one_another_have_like_costs():
+  """Eight hosts pack and order their own proofs: together they wait less than they would have."""
+  batches = [batch_of(proofs(np.random.default_rng(host), 160), 704, 64) for host in range(8)]
+
+  def together(parts):
+    cost_HM = np.stack([packing.costs(b, 213.0).reshape(-1, 8).sum(axis=1)[:8] for b in parts])
+    return cost_HM.max(axis=0).sum() / cost_HM.mean(axis=0).sum()
+
+  moved = [packing.balanced(b, shards=8, rows_at_once=8, overhead=213.0) for b in batches]
+  assert together(moved) - 1 < (together(batches) - 1) / 2
+
+
+@pytest.mark.parametrize("rows", [8, 32, 64])
+def test_rows_of_proofs_are_filled(rows):
+  """RL: of the slots of rows that hold proofs, 95 % at least hold a token."""
+  batch = batch_of(proofs(np.random.default_rng(rows), 40 * rows), 704, 1)
+  assert packing.efficiency(batch.segments_BT) > 0.95

@@ -16,7 +16,7 @@ import pytest
 from configs import cache_rl, rl, sft
 from qed_jax import checkpoint, flags, sharding, train
 from qed_jax.model import presets
-from qed_jax.rollout import jobs, policy
+from qed_jax.rollout import jobs, policy, step_log
 
 ROOT = Path(__file__).parents[1]
 HOW = {"dtype": "float32", "remat": "none", "attention": "xla"}
@@ -74,14 +74,14 @@ def started(tmp_path_factory):
 
 def interrupt_at(monkeypatch, step: int) -> None:
   """Make the next run raise before it takes this step."""
-  original = train.Health.check
+  original = step_log.Health.check
 
   def check(self, at, info, batch):
     if at == step:
       raise Interrupted
     original(self, at, info, batch)
 
-  monkeypatch.setattr(train.Health, "check", check)
+  monkeypatch.setattr(step_log.Health, "check", check)
 
 
 def train_whole_and_cut(config, tmp_path, monkeypatch) -> None:

@@ -41,6 +41,7 @@ line that says so.
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import math
@@ -53,6 +54,7 @@ import tempfile
 from pathlib import Path
 
 import bench_cpu
+import engine_workers
 import numpy as np
 from bench_cpu import NEW, PROMPT, SIZES
 from engine_workers import (
@@ -321,7 +323,10 @@ def main() -> int:
   with tempfile.TemporaryDirectory() as name:
     folder = Path(name)
     make_folder(folder, args.seed, args.requests, args.contexts, args.slots)
-    workers, about = start_workers(folder, args.tunix_python, dials)
+    described = json.dumps(dataclasses.asdict(dials))
+    workers, about = start_workers(
+      engine_workers.__file__, args.tunix_python, str(folder), described
+    )
     speeds, counters, same = compare(workers, args)
     print_counters(counters)
     long = long_maximum(workers, args) if "long" in args.work else None

@@ -328,8 +328,11 @@ LIBRARIES = {OURS: Ours, TORCH: Transformers, TUNIX: Tunix}
 # --- processes ---------------------------------------------------------------------------------
 
 
-def work_for_parent(library: str, folder: Path, dials: Dials) -> None:
-  """A worker: reads a name of work a line, does it for a turn, answers with seconds a call."""
+def work_for_parent(open_library) -> None:
+  """A worker: reads a name of work a line, does it for a turn, answers with seconds a call.
+
+  open_library() gives an object with `packages`, `device`, prepare(work) and run(work).
+  """
 
   def answer(**fields) -> None:
     print("ANSWER " + json.dumps(fields), flush=True)
@@ -337,7 +340,7 @@ def work_for_parent(library: str, folder: Path, dials: Dials) -> None:
   if not sys.stdin.readline():  # "hello"
     return
   try:
-    opened = LIBRARIES[library](folder, dials)
+    opened = open_library()
   except ImportError as error:
     answer(absent=str(error))
     return
@@ -354,21 +357,24 @@ def work_for_parent(library: str, folder: Path, dials: Dials) -> None:
     answer(first=calls[0], seconds=sum(calls) / len(calls), result=result)
 
 
-def start(library: str, python: str, folder: Path, dials: Dials) -> bench_cpu.Worker:
+def start(python: str, script: str, *arguments: str) -> bench_cpu.Worker:
+  """A process of `script`, a program that calls work_for_parent."""
   env = dict(os.environ, TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
   env["GLIBC_TUNABLES"] = bench_cpu.HUGE_PAGES
   env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # two of them may share an accelerator
-  command = [python, __file__, library, str(folder), json.dumps(dataclasses.asdict(dials))]
   pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-  return bench_cpu.Worker(subprocess.Popen(command, env=env, **pipes))
+  return bench_cpu.Worker(subprocess.Popen([python, script, *arguments], env=env, **pipes))
 
 
 def start_workers(
-  folder: Path, tunix_python: str, dials: Dials
+  script: str, tunix_python: str, *arguments: str
 ) -> tuple[dict[str, bench_cpu.Worker], dict[str, dict]]:
-  """The libraries that are here, by name, and what they say of themselves; a line on the others."""
+  """The libraries that are here, by name, and what they say of themselves; a line on the others.
+
+  script: is run as `script LIBRARY *arguments`.
+  """
   pythons = {OURS: sys.executable, TORCH: sys.executable, TUNIX: tunix_python}
-  workers = {name: start(name, python, folder, dials) for name, python in pythons.items()}
+  workers = {name: start(python, script, name, *arguments) for name, python in pythons.items()}
   about = {name: worker.do("hello") for name, worker in workers.items()}
   hints = {TORCH: "install torch", TUNIX: "--tunix-python names an interpreter that has it"}
   platforms = {"cuda": "gpu"}
@@ -380,7 +386,7 @@ def start_workers(
     if absent:
       print(f"{name} is left out, {absent}: {hints[name]}")
     elif platforms.get(device, device) != ours:
-      print(f"{name} is left out: it runs on {device}, this engine on {ours}")
+      print(f"{name} is left out: it runs on {device}, qed_jax on {ours}")
     else:
       continue
     workers.pop(name).stop()
@@ -396,7 +402,7 @@ def main() -> None:
   parser.add_argument("folder", type=Path)
   parser.add_argument("dials", type=json.loads, help="of this engine, in JSON")
   args = parser.parse_args()
-  work_for_parent(args.library, args.folder, Dials(**args.dials))
+  work_for_parent(lambda: LIBRARIES[args.library](args.folder, Dials(**args.dials)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,11 @@ import numpy as np
 from qed_jax.model.qwen3 import Qwen3Config, shapes
 
 
+def keys_per_token(config: Qwen3Config) -> float:
+  """How many seen keys cost a token as much as its matrix products."""
+  return forward(config, 1, 0) / forward(config, 0, 1)
+
+
 def forward(config: Qwen3Config, tokens: int, context: int) -> float:
   """tokens: scored or decoded. context: sum over them of the keys that each one sees."""
   matrices = sum(

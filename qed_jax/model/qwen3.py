@@ -182,12 +182,14 @@ class Block(nnx.Module):
 
   def __call__(self, x_BTD, angles, attend):
     eps = self.config.rms_norm_eps
-    mixed_BTD, kept = self.self_attn(
-      rms_norm(x_BTD, self.input_layernorm[...], eps), angles, attend
-    )
-    x_BTD = constrain(x_BTD + mixed_BTD, "BTD")
-    x_BTD = x_BTD + self.mlp(rms_norm(x_BTD, self.post_attention_layernorm[...], eps))
-    return constrain(x_BTD, "BTD"), kept
+    with jax.named_scope("attention"):
+      normed_BTD = rms_norm(x_BTD, self.input_layernorm[...], eps)
+      mixed_BTD, kept = self.self_attn(normed_BTD, angles, attend)
+      x_BTD = constrain(x_BTD + mixed_BTD, "BTD")
+    with jax.named_scope("mlp"):
+      normed_BTD = rms_norm(x_BTD, self.post_attention_layernorm[...], eps)
+      x_BTD = constrain(x_BTD + self.mlp(normed_BTD), "BTD")
+    return x_BTD, kept
 
 
 class Qwen3(nnx.Module):
@@ -214,8 +216,9 @@ class Qwen3(nnx.Module):
     Returns x_BTD, carry, kept_L.
     """
     config = self.config
-    x_BTD = gathered(self.embed_tokens[...].astype(config.dtype), "VD")[tokens_BT]
-    x_BTD = constrain(x_BTD, "BTD")
+    with jax.named_scope("embed"):
+      x_BTD = gathered(self.embed_tokens[...].astype(config.dtype), "VD")[tokens_BT]
+      x_BTD = constrain(x_BTD, "BTD")
     wide = at_least_float32(config.dtype)
     angles = rope_angles(positions_BT, config.head_dim, config.rope_theta, wide)
     stacked = isinstance(self.layers, Block)
@@ -317,7 +320,8 @@ def score(config: Qwen3Config, params: dict, batch, temperature: float, chunk: i
   model = bind(config, params)
   x_BTD = hidden(config, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
   target_BT = jnp.roll(batch.tokens_BT, -1, axis=1)
-  scores = score_tokens(x_BTD, model.head(), target_BT, temperature, chunk)
+  with jax.named_scope("head"):
+    scores = score_tokens(x_BTD, model.head(), target_BT, temperature, chunk)
   behind = lambda x_BT: jnp.pad(x_BT, ((0, 0), (1, 0)))[:, :-1]  # noqa: E731
   scored_BT = (batch.segments_BT == behind(batch.segments_BT)) & (batch.segments_BT > 0)
   logp_BT, entropy_BT = (jnp.where(scored_BT, behind(x_BT), 0) for x_BT in scores)

@@ -56,6 +56,8 @@ class Work:
 class Experience:
   """next(params, step) -> (Batch, metrics, rollouts); state() and restore() for checkpoints."""
 
+  lag = 0  # sampling waits for the step's weights, so its metrics can be read at once
+
   def __init__(
     self,
     config,

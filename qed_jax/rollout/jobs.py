@@ -63,6 +63,8 @@ def data(config):
 class Rows:
   """The SFT stream: Grain's iterator behind the interface of Experience."""
 
+  lag = 1  # the next batch does not wait for what this step measured
+
   def __init__(self, config, tokenizer: tokenizers.Tokenizer, rows, stopped):
     self.stopped = stopped
     self.dataset, self.too_long = sft.dataset(
@@ -104,6 +106,12 @@ class Rows:
 def meshes(config):
   """The mesh that trains and the one that samples: the same, or with placement "split" the last
   rollout.sampling_devices of this host's devices for sampling. Raises ValueError, one line."""
+  rows, at_once = config.batch.rows, config.batch.microbatch_rows
+  if at_once and rows % at_once:
+    raise ValueError(
+      f"config.batch.microbatch_rows is {at_once} and config.batch.rows {rows}: give a divisor, "
+      "since microbatches are of equal size"
+    )
   if config.job == "sft" or config.rollout.placement == "colocated":
     mesh = sharding.make_mesh(**config.mesh.to_dict())
     return mesh, mesh
