@@ -57,6 +57,7 @@ def test_a_step_of_each_kind_compiles_and_needs_what_the_estimate_says():
   pages = found["decode"].aliased
   assert pages >= estimated.kv > 0.5 * pages  # the state of the slots is beside the pages
   assert found["decode"].temporaries < 0.5 * estimated.kv
+  assert found["prefill"].aliased >= estimated.kv > 2 * found["prefill"].temporaries  # no copy
   assert {"fsdp", "tensor"} <= set("+".join(found["train step"].sent).split("+"))
   assert "fsdp" in found["weight reshard"].sent
 

@@ -14,7 +14,7 @@ from qed_jax.rollout.device import Shapes
 
 # Arrays as wide as all of a layer's products (F, N H, 2 K H and D together) that its backward pass
 # has at once, in the compute dtype.
-LAYER_ARRAYS = 12.5
+LAYER_ARRAYS = 11.0
 QUERY_CHUNK = 1024  # of qed_kernels' plain XLA attention
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
