@@ -51,7 +51,8 @@ def base() -> ConfigDict:
     "weight_decay": 0.01,
     "decay_norms": False,
     "clip_norm": 1.0,
-    "mu_dtype": "float32",  # of the first moment; the second is float32
+    "mu_dtype": "float32",  # of the first moment
+    "second_moment": "float32",  # or "bfloat16", stochastically rounded; or "factored" (Adafactor)
   })  # fmt: skip
   c.batch = ConfigDict({
     "row_length": 0,  # tokens of a packed row
@@ -178,10 +179,10 @@ def tiny(c: ConfigDict) -> None:
   """The tiny world: a Qwen3 of 0.6 million parameters on two CPU cores."""
   c.init, c.init_revision = "", ""
   c.model.update(preset="tiny", dtype="float32", remat="none", score_chunk=128)
-  c.mesh.tensor = 1
+  c.mesh.update(sequence=1, tensor=1)
   c.steps = 1_300
   c.optimizer.update(lr=3e-3, warmup_steps=20, b2=0.95, weight_decay=0.0, clip_norm=1.0)
-  c.batch.update(row_length=128, rows=16)
+  c.batch.update(row_length=128, rows=16, microbatch_rows=0)
   c.checkpoint.every = 100
   c.log.every = 10
   c.eval.data.update(source="tiny_world", revision="", split="heldout", problems=64)
@@ -196,7 +197,7 @@ def colab(c: ConfigDict, lr: float) -> None:
   lr: an adapter takes ten times that of full fine-tuning (Thinking Machines 2025, "LoRA Without
   Regret").
   """
-  c.mesh.tensor = 1
+  c.mesh.update(sequence=1, tensor=1)
   c.lora.rank = 16
   c.optimizer.lr = lr
   c.checkpoint.every = 5  # a free session may end at any time, and an adapter is small

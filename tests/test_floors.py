@@ -16,7 +16,7 @@ GROUND = {
   "workdir",
 }  # fmt: skip
 MIDDLE = {"model", "data", "objectives", "rewards", "scaffolds"}
-ABOVE_ROLLOUT = {"serving", "evaluation", "curation", "reporting"}
+ABOVE_ROLLOUT = {"serving", "evaluation", "curation", "reporting", "planning"}
 FLOORS = (GROUND, MIDDLE, {"rollout"}, ABOVE_ROLLOUT, MAINS)
 KERNELS_CALLERS = ("qed_jax/model/attention.py", "qed_jax/model/head.py")
 KERNELS_MAY_IMPORT = {"jax", "jaxlib", "numpy", "qed_kernels"}

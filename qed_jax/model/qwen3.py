@@ -12,8 +12,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from qed_jax.model.attention import append_and_attend, attention, pack
+from qed_jax.model.attention import RESIDUALS, append_and_attend, attention, pack
 from qed_jax.model.head import score_tokens
 from qed_jax.model.layers import (
   Adapted,
@@ -49,8 +50,8 @@ class Qwen3Config:
   """Sizes under Hugging Face's names, and three choices of how to compute.
 
   dtype: of activations and matrix products; norms, rope, softmax and logits are float32.
-  remat: what the backward pass keeps of a layer: "none" (all), "dots" (matrix products), "layer"
-    (its input only). attention: an implementation of qed_kernels.flash_attention, or "auto".
+  remat: what the backward pass keeps of a layer, a name of REMAT. attention: an implementation of
+    qed_kernels.flash_attention, or "auto".
   """
 
   vocab_size: int
@@ -248,6 +249,7 @@ class Qwen3(nnx.Module):
 
     def layer(state, weights):
       x_BTD, carry, index = state
+      x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
 
       def attend_here(q_BTNH, k_BTKH, v_BTKH):
         o_BTNH, new_carry, kept = attend(q_BTNH, k_BTKH, v_BTKH, carry, index)
@@ -280,9 +282,20 @@ class Qwen3(nnx.Module):
     return linear(x, self.head(), out_dtype=wide)
 
 
+LAYER_INPUT = "layer_input"
+
+# What the backward pass finds of a layer beside its input; it computes the rest again.
 REMAT = {
+  "none": None,  # everything is kept
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
+  "attention": jax.checkpoint_policies.save_only_these_names(*RESIDUALS),  # of its kernel
   "layer": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # its input, on the host
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[LAYER_INPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
 }
 
 

@@ -6,6 +6,7 @@ import tempfile
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from qed_jax import hosts, metrics, prompts, records, sharding
 from qed_jax.data import problems, sft, tiny_world
@@ -209,7 +210,9 @@ def frozen_chat(name, revision, field, config, model, mesh, tokenizer, start, pa
       params_layout = policy.abstract_params(sizes, mesh_of_all, config.model.dtype)
     else:
       params_layout = policy.abstract_params(sizes, mesh, config.model.dtype)
-  engine = make_engine(sizes, mesh, config.rollout, words)
+  block = ConfigDict(config.rollout.to_dict())
+  block.slots, block.pages = config.cache.slots, config.cache.pages
+  engine = make_engine(sizes, mesh, block, words)
   params = policy.load_params(frozen, sizes, params_layout, config.seed)
   engine.set_params(weights.on_this_host(sizes, params), 0)
   return EngineChat(engine, words, config.seed).chat

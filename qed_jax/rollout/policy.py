@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import NamedSharding
 
-from qed_jax import checkpoint, checksums, sharding
+from qed_jax import checkpoint, checksums, optim, sharding
 from qed_jax.data.tokenizer import Tokenizer
 from qed_jax.model import hf_weights, lora, presets, qwen3
 
@@ -120,10 +120,9 @@ def check_memory(config) -> None:
   count = sum(math.prod(shape) for shape in qwen3.shapes(model).values())
   adapter = lora.from_config(config.lora)
   trained = count if adapter is None else lora.count(adapter, model)
-  parameter, first_moment = (
-    jnp.dtype(t).itemsize for t in (config.model.param_dtype, config.optimizer.mu_dtype)
-  )
-  needed = trained * (2 * parameter + first_moment + 4) / 1e9  # the second moment is float32
+  parameter = jnp.dtype(config.model.param_dtype).itemsize
+  moments = optim.moment_bytes(config.optimizer.mu_dtype, config.optimizer.second_moment)
+  needed = trained * (2 * parameter + moments) / 1e9
   if adapter is not None:
     copies = 2 if config.job != "sft" and config.lora.sampler == "merged" else 1
     needed += copies * count * jnp.dtype(config.model.dtype).itemsize / 1e9

@@ -54,9 +54,8 @@ def on_this_host(config: qwen3.Qwen3Config, params: dict) -> dict:
   if len({device.process_index for device in mesh.devices.flat}) == 1:
     return params
   everyone = within_hosts(mesh.devices.flat, mesh.shape["tensor"])
-  dims, shapes = lora.letters_in(params), jax.tree.map(lambda x: x.shape, params)
-  whole = jax.device_put(_cast(params, config.dtype), shardings(SAMPLED, everyone, dims, shapes))
-  here = shardings(SAMPLED, this_hosts_rows(everyone), dims, shapes)
+  whole = jax.device_put(_cast(params, config.dtype), layout(params, everyone))
+  here = layout(params, this_hosts_rows(everyone))
 
   def own(x, sharding):
     shards = [shard.data for shard in x.addressable_shards]
@@ -72,12 +71,10 @@ def sampler_params(config: qwen3.Qwen3Config, params: dict, mesh) -> list[dict]:
   accelerators leaves that need no change are the caller's own arrays, not copies.
   """
   replicas = replica_meshes(mesh)
-  dims, shapes = lora.letters_in(params), jax.tree.map(lambda x: x.shape, params)
-  layout = shardings(SAMPLED, side_by_side(mesh), dims, shapes)
-  whole = jax.device_put(_cast(params, config.dtype), layout)
+  whole = jax.device_put(_cast(params, config.dtype), layout(params, side_by_side(mesh)))
 
   def part(replica):
-    own = shardings(SAMPLED, replica, dims, shapes)
+    own = layout(params, replica)
     devices = set(replica.devices.flat)
 
     def of_devices(x, sharding):
@@ -88,6 +85,11 @@ def sampler_params(config: qwen3.Qwen3Config, params: dict, mesh) -> list[dict]:
     return _for_cpu(config, here) if by_layer(replica) else here
 
   return [part(replica) for replica in replicas]
+
+
+def layout(params: dict, mesh) -> dict:
+  """Shardings of the sampler's parameters: split over `tensor`, the width D whole."""
+  return shardings(SAMPLED, mesh, lora.letters_in(params), jax.tree.map(lambda x: x.shape, params))
 
 
 def model_view(config: qwen3.Qwen3Config, params: dict) -> tuple[qwen3.Qwen3Config, dict]:
