@@ -50,11 +50,14 @@ $(FULL): $(BASE)
 
 setup: $(FULL)
 
+# A process for each core, up to four, which take files in turn: each holds up to 4 GB.
+PYTEST = $(RUN) -m pytest -n auto --maxprocesses=4 --dist loadfile
+
 test: $(FULL)
-	$(RUN) -m pytest -m 'not slow and not aot'
+	$(PYTEST) -m 'not slow and not aot'
 
 test-slow: $(FULL)
-	$(RUN) -m pytest -m slow
+	$(PYTEST) -m slow
 
 aot: $(FULL)
 	$(INSTALL) '.[test,aot]' || echo 'libtpu cannot be had here: the tests that need it will be skipped'
