@@ -78,8 +78,8 @@ demo: $(BASE)
 	$(TRAIN) --config=configs/cache_rl.py:tiny --workdir=$(DEMO)/cache_rl --config.init=$(DEMO)/sft
 	$(EVALUATE) --workdir=$(DEMO)/evaluate/untrained --config.policy=$(DEMO)/sft --config.untrained=True --config.label=untrained
 	$(EVALUATE) --workdir=$(DEMO)/evaluate/sft --config.policy=$(DEMO)/sft --config.label=SFT
-	$(EVALUATE) --workdir=$(DEMO)/evaluate/rl --config.policy=$(DEMO)/rl --config.label='rubric RL' --config.cache.summariser=$(DEMO)/sft
-	$(EVALUATE) --workdir=$(DEMO)/evaluate/cache_rl --config.policy=$(DEMO)/cache_rl --config.label='cache RL' --config.cache.summariser=$(DEMO)/sft
+	$(EVALUATE) --workdir=$(DEMO)/evaluate/rl --config.policy=$(DEMO)/rl --config.label='rubric RL' --config.summariser=$(DEMO)/sft
+	$(EVALUATE) --workdir=$(DEMO)/evaluate/cache_rl --config.policy=$(DEMO)/cache_rl --config.label='cache RL' --config.summariser=$(DEMO)/sft
 	$(RUN) -m qed_jax.report --workdir=$(DEMO)
 
 clean:

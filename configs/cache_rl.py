@@ -15,12 +15,12 @@ No replay buffer of summaries there (`replay` turns on that of the reasoning-cac
 Fits 64 chips of a v5p or a v6e (docs/scale.md): each group of four holds a row of the backward
 pass, and a replica of the policy and of the summariser with 1,280 and 256 pages.
 
-Variants: `:tiny` the tiny world; `:colab` one 16 GB TPU chip, 0.6B; `:gpu` one H200.
+Variants: `:tiny` the tiny world; `:colab` one 16 GB TPU chip, LoRA; `:gpu` one H200.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common, rl
+from configs import common, rl, scaffolds
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -43,6 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
     "replay": False,
     "summaries": 1,  # over 1: that many a drawn state are compared, and the summariser trained
   })  # fmt: skip
+  c.eval.scaffold = scaffolds.get("reasoning_cache", tiny=variant == "tiny")
   if variant == "tiny":
     c.rollout.prompt = "tiny_reason"
     c.rollout.problems = 16

@@ -10,7 +10,7 @@ ratio over 5 with A > 0 is clipped), A = r - mean of the group, token sum / roll
 no KL, tokens at most 5 updates old. 96 H100, 4 days. The clip norm 0.3 of the release acted on a
 gradient divided by 64 (qed_nano.md 3.5), that is 19.2 in the units of this loss.
 
-Variants: `:tiny` the tiny world; `:colab` one 16 GB TPU chip, 0.6B; `:gpu` one H200.
+Variants: `:tiny` the tiny world; `:colab` one 16 GB TPU chip, LoRA; `:gpu` one H200.
 """
 
 from ml_collections import ConfigDict
@@ -81,10 +81,10 @@ def get_config(variant: str = "") -> ConfigDict:
     c.optimizer.update(mu_dtype="bfloat16", second_moment="bfloat16")  # 16 GB of 141 saved
     c.batch.update(row_length=20_480, rows=4, microbatch_rows=1)
   elif variant == "colab":
-    common.colab(c)
+    common.colab(c, lr=1e-5)
     c.rollout.update(common.streaming(max_lag=0, order="admission"))
-    c.rollout.update(problems=2, attempts=8, max_tokens=2_048, slots=8, max_length=4_096)
-    c.rollout.pages = 0
+    c.rollout.update(problems=2, attempts=8, max_tokens=3_072, slots=8, max_length=4_096)
+    c.rollout.pages = 96  # 3.4 GiB; a slot holds 3,072 tokens on average, the longest 4,096
     c.batch.update(row_length=4_096, rows=4, microbatch_rows=1)
   elif variant:
     raise ValueError(f"this config has no variant {variant!r}: use tiny, colab or gpu")

@@ -13,7 +13,7 @@ steps. IMO-ProofBench 39.5 %, ProofBench 33.3 % are the published results of thi
 
 Fits 64 chips of a v5e (docs/scale.md): four hold a row, and a batch takes two backward passes.
 
-Variants: `:tiny` the tiny world; `:colab` one 16 GB TPU chip, 0.6B; `:kaggle` all of 4B on eight of
+Variants: `:tiny` the tiny world; `:colab` one 16 GB TPU chip, LoRA; `:kaggle` all of 4B on eight of
 them, with batches of 8 rows, moments in bfloat16 and layers' inputs on the host; `:gpu` one H200.
 """
 
@@ -56,8 +56,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.optimizer.update(mu_dtype="bfloat16", second_moment="bfloat16")
     c.checkpoint.every = 25
   elif variant == "colab":
-    common.colab(c)
-    c.batch.update(row_length=4_096, rows=8, microbatch_rows=1)
+    common.colab(c, lr=3e-4)
+    c.batch.update(row_length=8_192, rows=8, microbatch_rows=1)
   elif variant:
     raise ValueError(f"configs/sft.py has no variant {variant!r}: use tiny, colab, kaggle or gpu")
   return c

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from qed_jax import host_memory
+from qed_jax import host_memory, hosts
 
 # What a number may be; a field is looked up by its last name.
 POSITIVE = {
@@ -18,10 +19,14 @@ POSITIVE = {
   "max_tokens", "score_chunk", "every", "keep", "clip_norm", "eps", "max_length", "chunk",
   "page", "lanes", "prefill_rows", "prefill_tokens", "prefill_budget", "max_skipped_steps",
   "deadline_s", "concurrency", "samples_per_problem", "retries", "timeout_s", "problems_at_once",
+  "votes", "outage_after", "canary_window",
   "choices", "prompt_tokens", "body_bytes", "body_s", "step_s", "data", "sequence", "tensor",
   "pool_size", "best", "refinements", "analyses", "population", "subset", "solutions", "max_kept",
   "correct_count", "error_count", "max_iterations", "per_slot", "max_calls", "max_solutions",
   "max_approaches",
+  "failures_in_a_row", "pass_score",
+  "ngram", "idle_s", "max_failures",
+  "alpha",
 }  # fmt: skip
 CHOICES = {
   "job": ("sft", "rl", "cache_rl"),
@@ -39,9 +44,13 @@ CHOICES = {
   "on_invalid": ("mask", "zero"),
   "order": ("admission", "arrival"),
   "placement": ("colocated", "split"),
+  "sampler": ("unmerged", "merged"),
   "api": ("chat", "responses"),
+  "aggregate": ("median", "mean", "min"),
   "subsets_by": ("circulant", "random"),
   "select": ("knockout", "random"),
+  "study": ("proofs", "judge"),
+  "format": ("parquet", "jsonl"),
 }  # fmt: skip
 SIGNED = {"fsdp"}
 
@@ -63,8 +72,12 @@ def check(config: ConfigDict, prefix: str = "config") -> None:
       raise ValueError(f"{field} is {value!r}: choose one of {', '.join(CHOICES[name])}")
 
 
-def run(main: Callable[[ConfigDict, str], None], needs_workdir: bool = True) -> None:
+def run(
+  main: Callable[[ConfigDict, str], None], needs_workdir: bool = True, on_hosts: bool = False
+) -> None:
   """Parse `--config=FILE[:variant] [--config.x.y=...] --workdir=DIR`, check, and call main.
+
+  on_hosts: join the other hosts first, where there are any; see hosts.settings.
 
   Whatever is wrong with the command line or the config is printed as one line, exit code 2; so is a
   ValueError or FileNotFoundError out of main, which is how the parts report what a user can mend.
@@ -78,6 +91,8 @@ def run(main: Callable[[ConfigDict, str], None], needs_workdir: bool = True) -> 
   sys.path.insert(0, str(Path(__file__).parents[1]))  # `from configs import common` in configs
   config = config_flags.DEFINE_config_file("config", lock_config=True, help_string="config file")
   workdir = flags.DEFINE_string("workdir", None, "folder of the run; run again to resume")
+
+  given = hosts_flags() if on_hosts else {}
 
   def parse(argv):
     try:
@@ -95,16 +110,41 @@ def run(main: Callable[[ConfigDict, str], None], needs_workdir: bool = True) -> 
 
   def start(_):
     try:
+      if on_hosts:
+        heartbeat_s = given["heartbeat_s"].value
+        others = {name: flag.value for name, flag in given.items() if name != "heartbeat_s"}
+        hosts.join(others, heartbeat_s)
       main(config.value, workdir.value)
-    except (ValueError, FileNotFoundError) as error:
-      fail(error)
+    except Exception as error:
+      if isinstance(error, ValueError | FileNotFoundError | hosts.Lost):
+        fail(error)
+      if hosts.count() > 1:
+        traceback.print_exc()
+        hosts.fail(one_line(error), 1)
+      raise
 
   app.run(start, flags_parser=parse)
 
 
+def hosts_flags() -> dict[str, flags.FlagHolder]:
+  """The flags by which a host finds the others, where neither Slurm nor a TPU's metadata does."""
+  return {
+    "coordinator": flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0"),
+    "processes": flags.DEFINE_integer("processes", None, "processes of the run, one a host"),
+    "process_id": flags.DEFINE_integer("process_id", None, "which of them this is, from 0"),
+    "heartbeat_s": flags.DEFINE_integer(
+      "heartbeat_s", 100, "a host unheard of for so long ends the run", lower_bound=1
+    ),
+  }
+
+
 def fail(error: Exception) -> None:
-  """One line on stderr, exit code 2."""
-  print(f"error: {one_line(error)}", file=sys.stderr)
+  """One line on stderr, exit code 2; 1 where it is another host's doing."""
+  gone = hosts.lost(error)
+  line = one_line(gone or error)
+  print(f"error: {line}", file=sys.stderr)
+  if hosts.count() > 1:
+    hosts.fail(line, 1 if gone else 2)
   sys.exit(2)
 
 

@@ -39,29 +39,24 @@ class Journal:
     keys = [self._key(messages, seed, sample, how) for sample in range(n)]
     lock = self._locks.setdefault(keys[0], asyncio.Lock())
     async with lock:
-      found = [self._cache.get(key) for key in keys]
+      found = [await self._cache.find(key) for key in keys]
       if all(reply is not None for reply in found):
         return [_completion(reply, 0) for reply in found]
       self.paid += 1
       completions = await self._chat(messages, seed=seed, n=n, **how)
       replies = [_reply(completion) for completion in completions]
-      # On a thread of its own, and not given up with whoever waits: it has been paid.
-      loop = asyncio.get_running_loop()
-      await asyncio.shield(loop.run_in_executor(None, self._add, keys, replies))
+      kept = (self._cache.keep(*pair) for pair in zip(keys, replies, strict=True))
+      await asyncio.shield(asyncio.gather(*kept))  # it has been paid, whoever has given up waiting
     pairs = zip(replies, completions, strict=True)
     return [_completion(reply, completion.usage.calls) for reply, completion in pairs]
 
-  def close(self) -> None:
+  async def close(self) -> None:
     """Closes the file."""
     self._cache.close()
 
   def _key(self, messages, seed: int, sample: int, how: Mapping[str, Any]) -> str:
     asked = [self._model, [dict(message) for message in messages], seed, sample, how]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-
-  def _add(self, keys: list[str], replies: list[Reply]) -> None:
-    for key, reply in zip(keys, replies, strict=True):
-      self._cache.add(key, reply)
 
 
 def _reply(completion: Completion) -> Reply:

@@ -6,6 +6,7 @@ One alphabet serves einsum subscripts, array name suffixes and sharding:
   T tokens, query side       F MLP hidden width       C chunk of T in the scored loss
   S tokens, key side         V vocabulary             P problems (groups)
   N query heads  K key/value heads  G = N / K  H head dimension  A attempts per group
+  R rank of an adapter
 
 An array of letters "BTNH" is laid out by looking each letter up in a table. A mesh axis is used
 once an array: heads, MLP and vocabulary claim `tensor` before T does, so T is sharded over it
@@ -16,7 +17,6 @@ are split over `fsdp` and `sequence` alike.
 
 import functools
 import math
-import os
 
 import jax
 import numpy as np
@@ -43,27 +43,11 @@ ACTIVATIONS = {
 CLAIMS_LAST = "T"
 
 
-def initialize_hosts() -> None:
-  """Join the other hosts of a TPU slice, a Slurm job or JAX_COORDINATOR_ADDRESS, where there are
-  any.
-
-  The same command runs on every host. On a single machine this does nothing.
-  """
-  tpu_hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-  several = (
-    len(tpu_hosts) > 1
-    or int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    or "JAX_COORDINATOR_ADDRESS" in os.environ
-    or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
-  )
-  if several and not jax.distributed.is_initialized():
-    jax.distributed.initialize()
-
-
 def make_mesh(data: int, fsdp: int, tensor: int, devices=None, *, sequence: int = 1) -> Mesh:
   """A mesh of data x fsdp x sequence x tensor devices; fsdp=-1 takes whatever the others leave.
 
-  Raises ValueError when the product is not the number of devices.
+  Where the devices are of several TPU slices, `data` alone crosses the network between them.
+  Raises ValueError when the product is not the number of devices, or the slices do not divide data.
   """
   devices = jax.devices() if devices is None else devices
   if fsdp == -1:
@@ -74,9 +58,59 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None, *, sequence: int 
       f"mesh data={data} x fsdp={fsdp} x sequence={sequence} x tensor={tensor} needs "
       f"{math.prod(shape)} devices, this run has {len(devices)}: change config.mesh"
     )
-  # jax.make_mesh refuses an axis of 4 on the 8 x 8 chips of a v6e; on a v5e it splits like this.
-  ordered = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}) or 1
+  if slices == 1:
+    # jax.make_mesh refuses an axis of 4 on the 8 x 8 chips of a v6e; on a v5e it splits like this.
+    ordered = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  if data % slices:
+    raise ValueError(
+      f"config.mesh.data is {data} and this run has {slices} slices: only data crosses slices, so "
+      f"give a multiple of {slices}"
+    )
+  inside = (data // slices, fsdp, sequence, tensor)
+  ordered = mesh_utils.create_hybrid_device_mesh(
+    inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+  )
   return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def by_host(devices) -> np.ndarray:
+  """The devices, a row for each host, in the order of hosts and of their numbers [hosts, devices].
+
+  Raises ValueError when hosts have different numbers of them.
+  """
+  rows: dict[int, list] = {}
+  for device in sorted(devices, key=lambda d: (d.process_index, d.id)):
+    rows.setdefault(device.process_index, []).append(device)
+  sizes = {host: len(row) for host, row in rows.items()}
+  if len(set(sizes.values())) > 1:
+    raise ValueError(f"hosts have different numbers of devices ({sizes}): use equal hosts")
+  return np.array(list(rows.values()))
+
+
+def within_hosts(devices, tensor: int) -> Mesh:
+  """These devices of all hosts in rows of `tensor`, each row on one host: what engines sample on.
+
+  A mesh to train on may lay `tensor` across hosts. Raises ValueError when no row fits a host.
+  """
+  rows = by_host(devices)
+  if rows.shape[1] % tensor:
+    raise ValueError(
+      f"config.mesh.tensor is {tensor} and a host has {rows.shape[1]} devices to sample on: an "
+      "engine keeps to its host, so give a divisor of that"
+    )
+  return _rows_of_tensor(rows.reshape(-1, tensor))
+
+
+def this_hosts_rows(mesh: Mesh) -> Mesh:
+  """This host's rows of a mesh that `within_hosts` made."""
+  rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
+  return _rows_of_tensor(rows[[row[0].process_index == jax.process_index() for row in rows]])
+
+
+def _rows_of_tensor(rows: np.ndarray) -> Mesh:
+  return Mesh(rows[:, None, None, :], AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def replica_meshes(mesh: Mesh) -> list[Mesh]:
@@ -90,8 +124,7 @@ def replica_meshes(mesh: Mesh) -> list[Mesh]:
 
 def side_by_side(mesh: Mesh) -> Mesh:
   """The same devices in the same order: `tensor` as it is, everything else replicas of it."""
-  rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
-  return Mesh(rows[:, None, None, :], AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return _rows_of_tensor(mesh.devices.reshape(-1, mesh.shape["tensor"]))
 
 
 def spec(rules: dict, letters: str, shape: tuple, mesh) -> P:
@@ -163,25 +196,36 @@ def rows_divisor(mesh: Mesh) -> int:
   return math.prod(mesh.shape[a] for a in ACTIVATIONS["B"])
 
 
-def put(mesh: Mesh, tree, letters: str):
-  """Host arrays -> global device arrays laid out by `letters`; each host passes its own rows.
+def put(mesh: Mesh, tree, letters: str, at_once: int = 0):
+  """Host arrays -> global device arrays laid out by `letters`.
 
-  Raises ValueError, one line, where several hosts would have to hold the same row.
+  Each host passes rows of its own, the same number of them. at_once: rows of the whole that will be
+  computed together; each such part has as many rows of every host, in the order of hosts. A device
+  that needs rows of another host gets them from there.
   """
-  hosts, ways = jax.process_count(), rows_divisor(mesh)
+  devices = by_host(mesh.devices.flat)
+  hosts = len(devices)
+  given = NamedSharding(Mesh(devices, ("host", "device")), P("host"))
 
   def place(x):
     x = np.asarray(x)
     shape = (x.shape[0] * hosts, *x.shape[1:])
-    if hosts > 1 and (shape[0] % ways or ways % hosts):
-      raise ValueError(
-        f"{shape[0]} rows of {hosts} hosts do not split over data x fsdp = {ways}, whole rows on "
-        "each host: change config.mesh or config.batch"
-      )
     layout = NamedSharding(mesh, spec(ACTIVATIONS, letters[: x.ndim], shape, mesh))
-    return jax.make_array_from_process_local_data(layout, x, shape)
+    if hosts == 1:
+      return jax.make_array_from_process_local_data(layout, x, shape)
+    whole = jax.make_array_from_process_local_data(given, x, shape)
+    if 0 < at_once < shape[0] and shape[0] % at_once == at_once % hosts == 0:
+      whole = _mixed(whole, hosts, at_once // hosts, given)
+    return jax.device_put(whole, layout)
 
   return jax.tree.map(place, tree)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _mixed(x, hosts: int, each: int, layout: NamedSharding):
+  """Rows in the order of hosts -> in turns, `each` of every host."""
+  x = x.reshape(hosts, -1, each, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
+  return jax.lax.with_sharding_constraint(x, layout)
 
 
 def whole(mesh: Mesh) -> NamedSharding:

@@ -5,11 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from importlib import metadata
 
 import jax
 from etils import epath
 
+from qed_jax import hosts
+
+SHARED_S = 10
 PACKAGES = "qed_jax jax jaxlib flax optax orbax-checkpoint grain transformers numpy".split()
 
 
@@ -35,8 +39,44 @@ def write_run_files(workdir: str | os.PathLike, config: dict) -> None:
     unfinished.replace(workdir / name)
 
 
+def check_same_on_hosts(workdir: str, config: dict) -> None:
+  """Raises ValueError, one line, where hosts were started with different configs or code."""
+  if hosts.count() == 1:
+    return
+  versions = {name: _version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
+  hosts.agree(
+    {"--workdir": os.fspath(workdir), **_fields(json.loads(json.dumps(config)))},
+    "start the same command on every host",
+  )
+  hosts.agree(versions, "install the same versions on every host")
+  hosts.agree({"the code's git commit": _git_commit()}, "check out the same commit on every host")
+
+
+def check_shared(workdir: str | os.PathLike) -> None:
+  """Raises ValueError, one line, unless every host sees what host 0 has written there."""
+  hosts.gather(None)  # host 0 comes here when it has written
+  path = epath.Path(workdir) / "env.json"
+  for _ in range(SHARED_S):  # network folders show new files late
+    if path.exists():
+      break
+    time.sleep(1)
+  blind = [host for host, sees in enumerate(hosts.gather(path.exists())) if not sees]
+  if blind:
+    raise ValueError(
+      f"host {blind[0]} does not see what host 0 wrote to {epath.Path(workdir)}: give all hosts "
+      "one workdir, in a bucket (gs://...) or on a shared file system"
+    )
+
+
 # Fields that the program had not yet when an old workdir was made, and what their absence means.
-ADDED = {"mesh.sequence": "1", "profile.steps": "[]"}
+ADDED = {
+  "mesh.sequence": "1",
+  "profile.steps": "[]",
+  "lora.rank": "0",
+  "lora.alpha": "32.0",
+  "lora.targets": '"all-linear"',
+  "lora.sampler": '"unmerged"',
+}
 
 
 def check_same_config(

@@ -74,7 +74,7 @@ def tiny_with():
 
 
 # Whole files that make their models with torch, which only the main lane installs.
-WITH_TORCH = ["test_convert.py", "test_hf_weights.py", "test_parity.py"]
+WITH_TORCH = ["test_convert.py", "test_hf_weights.py", "test_parity.py", "test_peft.py"]
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 collect_ignore = [] if HAS_TORCH else WITH_TORCH
 

@@ -45,14 +45,14 @@ def test_what_was_paid_is_never_asked_for_again(tmp_path):
   chat = Counting()
   journal = Journal(chat, str(tmp_path / "j"), "m")
   [first] = ask(journal, 1, n=2)
-  journal.close()
+  asyncio.run(journal.close())
   again = Journal(chat, str(tmp_path / "j"), "m")
   [second] = ask(again, 1, n=2)
   assert chat.asked == journal.paid == 1 and again.paid == 0
   assert texts(first) == texts(second) and len(set(texts(first))) == 2
   assert first[0].usage == Usage(7, 11, 1.5, 1) and second[0].usage == Usage(7, 11, 1.5, 0)
   assert first[0].finish_reason == second[0].finish_reason == "stop"
-  again.close()
+  asyncio.run(again.close())
 
 
 def test_two_who_ask_the_same_at_once_pay_once(tmp_path):

@@ -23,10 +23,11 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from qed_jax import optim, sharding, train
+from qed_jax.model import lora
 from qed_jax.planning import collectives, memory
 from qed_jax.planning.chips import GIB, Topology
 from qed_jax.records import Batch
-from qed_jax.rollout import sampler, weights
+from qed_jax.rollout import policy, sampler, weights
 
 # What libtpu says of a program that does not fit, its need first.
 REFUSAL = re.compile(
@@ -79,15 +80,18 @@ def programs(config, model, topology: Topology):
     block.data, block.fsdp, block.tensor, chips, sequence=block.get("sequence", 1)
   )
   optimizer = optim.make_optimizer(**train.optimizer_arguments(config))
-  state = train.abstract_state(model, optimizer, mesh, config.model.param_dtype)
+  adapter = lora.from_config(config.lora)
+  state = train.abstract_state(model, optimizer, mesh, config.model.param_dtype, adapter)
+  frozen = {} if adapter is None else policy.abstract_params(model, mesh, model.dtype)
+  sampled = lora.whole(adapter, frozen, state["params"])
 
   def update():
     step = jax.jit(
-      train.make_update(config, model, optimizer),
+      train.make_update(config, model, optimizer, adapter),
       donate_argnums=0,
       out_shardings=(train.layout(state), None),
     )
-    return step.lower(state, batch(config, mesh))
+    return step.lower(state, batch(config, mesh), frozen)
 
   yield "train step", update, mesh
 
@@ -103,9 +107,9 @@ def programs(config, model, topology: Topology):
 
   def reshard():
     cast = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=x.sharding), state["params"]
+      lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=x.sharding), sampled
     )
-    same = jax.jit(lambda x: x, out_shardings=weights.layout(model, side_by_side))
+    same = jax.jit(lambda x: x, out_shardings=weights.layout(sampled, side_by_side))
     return same.lower(cast)
 
   yield "weight reshard", reshard, mesh
@@ -114,8 +118,8 @@ def programs(config, model, topology: Topology):
   shapes = memory.engine_shapes(config.rollout, memory.MeshSizes(dict(mesh.shape)))
   own = jax.tree.map(
     lambda x, where: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=where),
-    state["params"],
-    weights.layout(model, replica),
+    sampled,
+    weights.layout(sampled, replica),
   )
   ints = lambda *size: on(replica, size, jnp.int32)  # noqa: E731
   width = shapes.widths[-1]

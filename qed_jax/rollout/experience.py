@@ -6,6 +6,9 @@ with all its attempts; pieces of several steps are open at once where max_lag al
 (streaming.py), sampling goes on under each new policy, and grading overlaps it. Everything drawn at
 random is keyed by (seed, step, problem, attempt), so the state to save is the buffer of summaries
 and the numbers of the open pieces.
+
+On several hosts each samples and grades problems of its own with an engine of its own: of a step's
+problems, host h has number h, h + hosts, ... The hosts meet when each has what it trains next.
 """
 
 import asyncio
@@ -18,14 +21,17 @@ from collections.abc import Awaitable, Callable, Sequence
 import jax
 import numpy as np
 
+from qed_jax import hosts
 from qed_jax.data.tokenizer import Tokenizer
 from qed_jax.objectives import reasoning_cache
 from qed_jax.records import Completion, Grade, Problem, Rollout
-from qed_jax.rollout.assembly import Group, assemble, length_metrics
+from qed_jax.rollout.assembly import Group, Marks, assemble, marks
 from qed_jax.rollout.engine import Engine
 from qed_jax.rollout.engine_chat import EngineChat
+from qed_jax.rollout.judging import Judge
 from qed_jax.rollout.requests import RequestError
-from qed_jax.rollout.streaming import Window
+from qed_jax.rollout.streaming import Window, share, together
+from qed_jax.rollout.weights import on_this_host
 from qed_jax.scaffolds.proof import split_proof
 from qed_jax.scaffolds.reasoning_cache import (
   State,
@@ -77,7 +83,13 @@ class Experience:
     self.summariser, self.grade, self.templates = summariser, grade, templates
     self.stopped = stopped
     self.buffer = reasoning_cache.SummaryBuffer()
-    self.window = Window(rollout.problems, rollout.max_lag, rollout.order)
+    self.window = Window(
+      rollout.problems // hosts.count(),
+      rollout.max_lag,
+      rollout.order,
+      host=hosts.index(),
+      hosts=hosts.count(),
+    )
     self.engine_chat = EngineChat(engine, tokenizer, config.seed, hold=self._hold)
     self.chat = self.engine_chat.chat
     self._open: dict[int, Work] = {}
@@ -85,64 +97,95 @@ class Experience:
     self._again: dict | None = None  # restored state, until the first step
     self._resting = False
     self._loop = asyncio.new_event_loop()
+    if self.judge is not None:
+      self.judge.on_change(self.engine_chat.go_on)
     self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
     self._thread.start()
 
   def next(self, params, step: int):
     """A step's experience; sampling goes on with the policy `params`, whose version is `step`.
 
-    Returns a host Batch (numpy), metrics (floats) and the rollouts, graded or not; None when the
-    program should stop. With placement "colocated" the engine rests when this returns.
+    Returns this host's rows of the Batch (numpy), metrics of all hosts (floats) and this host's
+    rollouts, graded or not; None when the program should stop on any host. With placement
+    "colocated" the engine rests when this returns.
     """
     begin, before = time.perf_counter(), self._sampled_tokens()
-    handed_over = self._wait(self.engine_chat.set_params(params, step))
-    if handed_over is None:
+    if params is not None:
+      params = on_this_host(self.engine.config, params)
+    updated = due = mine = None
+    if self._wait(self.engine_chat.set_params(params, step)) is not None:
+      updated = time.perf_counter()
+      due = self._wait(self._until_due(step))
+    if due is not None:
+      (due,) = due
+      done = [self._open[number] for number in due]
+      rollouts_PA = [group for work in done for group in work.rollouts]
+      mine = dataclasses.asdict(marks(rollouts_PA, step)) | {
+        "roll_in": sum(work.roll_in for work in done),
+        "open": len(self._open) - len(due),
+        "sampled": self._sampled_tokens() - before,
+      }
+    # Here the hosts meet. An engine whose order is that of arrival goes on until all are here.
+    everyone = hosts.gather(mine, waiting=self.stopped)
+    if None in everyone:
+      if due is not None:
+        self._wait(self._cancel(), stoppable=False)
       return None
-    updated = time.perf_counter()
-    done = self._wait(self._until_due(step))
-    if done is None:
-      return None
-    done = done[0]
     seconds = time.perf_counter() - begin
-    rollouts_PA = [group for work in done for group in work.rollouts]
-    if not rollouts_PA:
+    self._wait(self._taken(due), stoppable=False)
+    roll_in, still_open, sampled = (
+      sum(one.pop(name) for one in everyone) for name in ("roll_in", "open", "sampled")
+    )
+    if not any(one["score"] for one in everyone):
       raise ValueError(f"step {step}: every prompt is longer than rollout.max_length: raise it")
     trains_summaries = self.config.job == "cache_rl" and self.config.cache.summaries > 1
     written = [group for work in done for group in work.groups] if trains_summaries else []
-    batch, metrics = assemble(self.config, rollouts_PA, written, step)
+    everyones_marks = [Marks(**one) for one in everyone]
+    batch, metrics = assemble(self.config, rollouts_PA, written, step, everyones_marks)
     if self.config.job == "cache_rl" and self.config.cache.replay:
-      self.buffer = reasoning_cache.replace(self.buffer, {
-        w.problem.id: reasoning_cache.continued(w.start, w.summaries, step) for w in done
-      })  # fmt: skip
-    rollouts = [r for group in rollouts_PA for r in group]
-    roll_in = sum(work.roll_in for work in done)
-    sampled = self._sampled_tokens() - before
-    metrics |= length_metrics(rollouts) | lag_metrics(rollouts, step)
+      self._remember(done, step)
+    if self.judge is not None:
+      metrics |= self.judge.metrics()
     metrics |= {
       "roll_in_tokens": roll_in,
-      "open_problems": len(self._open),
+      "open_problems": still_open,
       "seconds/rollout": seconds,
       "seconds/set_params": updated - begin,
       "tokens_per_s/rollout": sampled / seconds,
     }
-    return batch, metrics, rollouts
+    return batch, metrics, [r for group in rollouts_PA for r in group]
+
+  def _remember(self, done: list[Work], step: int) -> None:
+    """Puts the summaries of the step, of all hosts, into the buffer that all of them hold."""
+    written = {str(w.number): reasoning_cache.continued(w.start, w.summaries, step) for w in done}
+    texts = reasoning_cache.to_json(reasoning_cache.SummaryBuffer(written))
+    merged: dict[str, list] = {}
+    for theirs in hosts.gather(texts):
+      merged |= theirs
+    by_number = reasoning_cache.from_json(merged).summaries
+    self.buffer = reasoning_cache.replace(self.buffer, {
+      self.problem(int(number)).id: by_number[number] for number in sorted(by_number, key=int)
+    })  # fmt: skip
 
   def close(self) -> None:
     """Gives up what is open and ends the thread."""
     if self._thread.is_alive():
       self._wait(self._cancel(), stoppable=False)
+      if self.judge is not None:
+        self._wait(self.judge.close(), stoppable=False)
       self._loop.call_soon_threadsafe(self._loop.stop)
       self._thread.join()
       self._loop.close()
 
   def state(self) -> dict:
-    window = self._again or self.window.state()
+    """The same for any number of hosts, which all call it."""
+    window = together(hosts.gather(self._again or self.window.state()))
     return {"buffer": reasoning_cache.to_json(self.buffer), "window": window}
 
   def restore(self, state: dict) -> None:
     """What was open is begun again, under the policy that the run resumes with."""
     self.buffer = reasoning_cache.from_json(state["buffer"])
-    self._again = state["window"]
+    self._again = share(state["window"], hosts.index(), hosts.count())
 
   # --- the event loop ------------------------------------------------------------------------
 
@@ -172,16 +215,17 @@ class Experience:
   def _hold(self) -> bool:
     """Whether the engine rests. In the order of admission it does so as soon as the next step is
     sampled, not when a judge is done with it: how far later work gets must not depend on a clock.
+    While a judge's endpoint is down nothing is sampled that it would have to grade.
     """
-    if self._resting:
+    if self._resting or (self.judge is not None and self.judge.paused):
       return True
     rollout = self.config.rollout
     if rollout.order == "admission" and rollout.placement == "colocated":
       return all(self._open[n].sampled for n in self.window.needed() if n in self._open)
     return False
 
-  async def _until_due(self, step: int) -> list[Work]:
-    """Starts what may start, and waits for what this step trains."""
+  async def _until_due(self, step: int) -> list[int]:
+    """Starts what may start, and waits for what this step trains -> its numbers, still open."""
     if self._again is not None:
       for number in self.window.restore(self._again, step):
         self._start(number)
@@ -195,11 +239,16 @@ class Experience:
       for task in sorted(finished, key=lambda task: self._tasks[task].number):
         task.result()
         self.window.finish(self._tasks.pop(task).number)
+    return due
+
+  async def _taken(self, due: list[int]) -> None:
+    """These are trained; with placement "colocated" the engine rests until the next step."""
     self.window.take(due)
+    for number in due:
+      del self._open[number]
     if self.config.rollout.placement == "colocated":
       self._resting = True
       await self.engine_chat.rest()
-    return [self._open.pop(number) for number in due]
 
   def _start(self, number: int) -> None:
     work = Work(number, self.problem(number))
@@ -208,6 +257,11 @@ class Experience:
 
   def _sampled_tokens(self) -> int:
     return self.engine.counters.sampled_tokens
+
+  @property
+  def judge(self) -> Judge | None:
+    """Who grades, if that is a model."""
+    return self.grade if isinstance(self.grade, Judge) else None
 
   # --- prompts -------------------------------------------------------------------------------
 
@@ -312,10 +366,14 @@ class Experience:
       nothing = Completion(text="", finish_reason="length")
       lost = Grade(None, f"not sampled: {error}")
       return [rollout_of(group, messages, nothing, lost, i) for i in range(count)]
-    sampled()
+    grading_samples = self.judge is not None and self.judge.in_engine
+    if not grading_samples:
+      sampled()
     grades = await asyncio.gather(
       *(self.grade(problem, split_proof(c.text)[1]) for c in completions)
     )
+    if grading_samples:  # the engine must not rest before
+      sampled()
     return [
       rollout_of(group, messages, completion, grade, i)
       for i, (completion, grade) in enumerate(zip(completions, grades, strict=True))
@@ -348,10 +406,3 @@ def sampling(block) -> dict:
     "top_p": block.top_p,
     "top_k": block.top_k,
   }
-
-
-def lag_metrics(rollouts: Sequence[Rollout], step: int) -> dict[str, float]:
-  """Policy updates between the version that sampled a token and the policy about to be trained."""
-  versions = [r.completion.versions for r in rollouts if len(r.completion.versions)]
-  lag = step - np.concatenate(versions) if versions else np.zeros(1)
-  return {"lag/mean": float(lag.mean()), "lag/max": float(lag.max())}

@@ -1,29 +1,25 @@
 """What each job trains on: its data, its tokenizer, and its stream of Batches."""
 
 import dataclasses
-import functools
-import os
+import tempfile
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from qed_jax import metrics, prompts, records, sharding
-from qed_jax.chat import Endpoint, HttpChat
+from qed_jax import hosts, metrics, prompts, records, sharding
 from qed_jax.data import problems, sft, tiny_world
 from qed_jax.data import tokenizer as tokenizers
-from qed_jax.rewards import answer, exact, rubric
-from qed_jax.rollout import policy
+from qed_jax.rollout import judging, policy, weights
 from qed_jax.rollout.device import Shapes
 from qed_jax.rollout.engine import Engine
 from qed_jax.rollout.engine_chat import EngineChat
 from qed_jax.rollout.experience import Experience
+from qed_jax.rollout.judging import grader
 from qed_jax.scaffolds.proof import split_proof
 
 TINY_WORLD = "tiny_world"
-COMPARISON_S = 10.0  # for one final answer against another
 
 
 def tokenizer(config, start: policy.Start, root: epath.Path) -> tokenizers.Tokenizer:
@@ -34,8 +30,10 @@ def tokenizer(config, start: policy.Start, root: epath.Path) -> tokenizers.Token
     return tokenizers.load(start.folder)
   if config.data.source != TINY_WORLD:
     raise ValueError("config.tokenizer is empty and config.init brings none: set it to a folder")
+  # Hosts share the workdir, and one of them writes it.
+  folder = root / policy.DESCRIPTION if hosts.index() == 0 else tempfile.mkdtemp()
   return tokenizers.train_sentencepiece(
-    tiny_world.corpus(), root / policy.DESCRIPTION, vocab_size=64, vocab_multiple=64
+    tiny_world.corpus(), folder, vocab_size=64, vocab_multiple=64
   )
 
 
@@ -61,7 +59,11 @@ def data(config):
 
 
 class Rows:
-  """The SFT stream: Grain's iterator behind the interface of Experience."""
+  """The SFT stream: Grain's iterator behind the interface of Experience.
+
+  Every host packs the whole stream and trains on its own rows of each batch, so that neither
+  batches nor the position in the data depend on the number of hosts.
+  """
 
   lag = 1  # the next batch does not wait for what this step measured
 
@@ -72,25 +74,24 @@ class Rows:
       tokenizer,
       template=prompts.load(config.data.prompt),
       row_length=config.batch.row_length,
-      rows=config.batch.rows // jax.process_count(),
+      rows=config.batch.rows,
       seed=config.seed,
       epochs=None,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=0,
+      process_count=1,
       read_threads=config.data.read_threads,
     )
     self.iterator = iter(self.dataset)
+    own = config.batch.rows // hosts.count()
+    self.own = slice(hosts.index() * own, (hosts.index() + 1) * own)
 
   def next(self, params, step: int):
-    """(Batch, metrics, no rollouts), or None when the program should stop."""
-    if self.stopped():
+    """(this host's rows, metrics, no rollouts), or None when the program should stop."""
+    if any(hosts.gather(bool(self.stopped()))):
       return None
     batch = next(self.iterator)
-    if jax.process_count() > 1:  # the mean is over the targets of all hosts
-      targets = np.array(np.count_nonzero(batch.weight_BT))
-      total = int(multihost_utils.process_allgather(targets).sum())
-      batch = dataclasses.replace(batch, weight_BT=sft.normalise(batch.weight_BT, total))
     share = float(np.mean(batch.segments_BT > 0))
+    batch = jax.tree.map(lambda x: x[self.own], batch)
     return batch, {"packing_efficiency": share, "rows_too_long": len(self.too_long)}, []
 
   def state(self) -> dict:
@@ -103,25 +104,51 @@ class Rows:
     pass
 
 
+def check_shares(config) -> None:
+  """Raises ValueError, one line, for a number of the config that this run's hosts cannot share."""
+  numbers = {"batch.rows": config.batch.rows}
+  if config.job != "sft":
+    rollout = config.rollout
+    numbers |= {"rollout.problems": rollout.problems, "rollout.slots": rollout.slots}
+    numbers |= {"rollout.pages": rollout.pages}
+    numbers |= {"rollout.sampling_devices": rollout.sampling_devices}
+  for name, value in numbers.items():
+    if value % hosts.count():
+      raise ValueError(
+        f"config.{name} is {value} and {hosts.count()} hosts have equal shares of it: give a "
+        f"multiple of {hosts.count()}"
+      )
+
+
 def meshes(config):
-  """The mesh that trains and the one that samples: the same, or with placement "split" the last
-  rollout.sampling_devices of this host's devices for sampling. Raises ValueError, one line."""
+  """The mesh that trains and this host's mesh that samples: the same devices, or with placement
+  "split" the last of each host's devices, rollout.sampling_devices in all. Raises ValueError, one
+  line."""
   rows, at_once = config.batch.rows, config.batch.microbatch_rows
   if at_once and rows % at_once:
     raise ValueError(
       f"config.batch.microbatch_rows is {at_once} and config.batch.rows {rows}: give a divisor, "
       "since microbatches are of equal size"
     )
+  devices, number = jax.devices(), config.rollout.sampling_devices if config.job != "sft" else 0
   if config.job == "sft" or config.rollout.placement == "colocated":
     mesh = sharding.make_mesh(**config.mesh.to_dict())
-    return mesh, mesh
-  devices, number = jax.devices(), config.rollout.sampling_devices
+    if config.job == "sft" or hosts.count() == 1:
+      return mesh, mesh
+    everyone = sharding.within_hosts(devices, config.mesh.tensor)
+    return mesh, sharding.this_hosts_rows(everyone)
   if not 0 < number < len(devices):
     raise ValueError(
       f"config.rollout.sampling_devices is {number} and this run has {len(devices)} devices: "
       'placement "split" needs at least one to sample and one to train'
     )
-  training = sharding.make_mesh(**config.mesh.to_dict(), devices=devices[:-number])
+  rows = sharding.by_host(devices)
+  own = number // len(rows)
+  training = sharding.make_mesh(**config.mesh.to_dict(), devices=rows[:, :-own].ravel().tolist())
+  if len(rows) > 1:
+    everyone = sharding.within_hosts(rows[:, -own:].ravel(), config.mesh.tensor)
+    sharding.within_hosts(training.devices.flat, config.mesh.tensor)  # weights leave by them
+    return training, sharding.this_hosts_rows(everyone)
   return training, sharding.make_mesh(1, -1, config.mesh.tensor, devices=devices[-number:])
 
 
@@ -129,33 +156,39 @@ def stream(config, model, mesh, tokenizer, examples, start, params_layout, root,
   """The stream of Batches of config.job. mesh: the one that samples."""
   if config.job == "sft":
     return Rows(config, tokenizer, examples, stopped)
-  if jax.process_count() > 1:
-    raise ValueError(
-      f"job {config.job!r} on {jax.process_count()} hosts: RL runs on one host, SFT on many"
-    )
   if config.rollout.max_length > config.batch.row_length:
     raise ValueError(
       f"config.rollout.max_length is {config.rollout.max_length} and config.batch.row_length "
       f"{config.batch.row_length}: a row must hold the longest rollout"
     )
   engine = make_engine(model, mesh, config.rollout, tokenizer)
+  here = (config, model, mesh, tokenizer, start, params_layout)
   summariser = None
   if config.job == "cache_rl" and config.cache.summariser:
-    summariser = frozen_summariser(config, model, mesh, tokenizer, start, params_layout)
+    name, revision = config.cache.summariser, config.cache.summariser_revision
+    summariser = frozen_chat(name, revision, "config.cache.summariser", *here)
   templates = {"reason": prompts.load(config.rollout.prompt)}
   if config.job == "cache_rl":
     templates["summarise"] = prompts.load(config.cache.summarise)
-  grade = grader(config.judge, root)
-  return Experience(config, examples, engine, tokenizer, summariser, grade, templates, stopped)
+  if config.judge.reward != "rubric" or not config.judge.engine:
+    grade = grader(config.judge, root)
+    judging.check(grade)
+    return Experience(config, examples, engine, tokenizer, summariser, grade, templates, stopped)
+  name, revision = config.judge.engine, config.judge.engine_revision
+  own = None if name == "policy" else frozen_chat(name, revision, "config.judge.engine", *here)
+  made = Experience(config, examples, engine, tokenizer, summariser, None, templates, stopped)
+  made.grade = grader(config.judge, root, own or made.chat)
+  return made
 
 
 def make_engine(model, mesh, block, tokenizer: tokenizers.Tokenizer) -> Engine:
-  """The engine that config.rollout describes."""
-  fields = (field.name for field in dataclasses.fields(Shapes))
+  """This host's part of the engine that config.rollout describes: slots and pages are shared."""
+  shapes = {field.name: block[field.name] for field in dataclasses.fields(Shapes)}
+  shapes |= {name: block[name] // hosts.count() for name in ("slots", "pages")}
   return Engine(
     model,
     mesh=mesh,
-    shapes=Shapes(**{name: block[name] for name in fields}),
+    shapes=Shapes(**shapes),
     lanes=block.lanes,
     prefill_budget=block.prefill_budget,
     stop_ids=tokenizer.stop_ids,
@@ -164,76 +197,32 @@ def make_engine(model, mesh, block, tokenizer: tokenizers.Tokenizer) -> Engine:
   )
 
 
-def frozen_summariser(config, model, mesh, tokenizer, start, params_layout):
-  """A chat on parameters that are never updated: another checkpoint, or where this run began."""
-  name = config.cache.summariser
+def frozen_chat(name, revision, field, config, model, mesh, tokenizer, start, params_layout):
+  """A chat on parameters that are never updated: another checkpoint, or ("init") where this run
+  began. name, revision: the values of `field` and of its revision."""
   if name == "init":
     frozen, sizes, words = start, model, tokenizer
   else:
-    frozen = policy.locate(name, config.cache.summariser_revision, "config.cache.summariser")
+    frozen = policy.locate(name, revision, field)
     sizes, words = policy.sizes(frozen, config.model), tokenizers.load(frozen.folder)
-    params_layout = policy.abstract_params(sizes, mesh, config.model.dtype)
+    if hosts.count() > 1:  # read by all together, each its part, like what is trained
+      mesh_of_all = jax.tree.leaves(params_layout)[0].sharding.mesh
+      params_layout = policy.abstract_params(sizes, mesh_of_all, config.model.dtype)
+    else:
+      params_layout = policy.abstract_params(sizes, mesh, config.model.dtype)
   block = ConfigDict(config.rollout.to_dict())
   block.slots, block.pages = config.cache.slots, config.cache.pages
   engine = make_engine(sizes, mesh, block, words)
-  engine.set_params(policy.load_params(frozen, sizes, params_layout, config.seed), 0)
+  params = policy.load_params(frozen, sizes, params_layout, config.seed)
+  engine.set_params(weights.on_this_host(sizes, params), 0)
   return EngineChat(engine, words, config.seed).chat
 
 
-def grader(judge, root: epath.Path):
-  """async (problem, proof) -> Grade, by the kind that config.judge.reward names."""
-  if judge.reward == "answer":
-    return functools.partial(answer.grade, checker=answer.Checker(COMPARISON_S))
-  if judge.reward == "rubric":
-    return rubric_grader(judge, root)
-
-  async def grade(problem, proof):
-    return exact.grade(problem, proof)
-
-  return grade
-
-
-def rubric_grader(judge, root: epath.Path):
-  """A judge model over HTTP. Raises ValueError when its environment variables are not set."""
-  base_url = os.environ.get(judge.base_url_env)
-  if not base_url:
-    raise ValueError(
-      f"the judge needs an endpoint: set {judge.base_url_env} (and {judge.api_key_env}), "
-      "for example to a `python -m qed_jax.serve` or vLLM server"
-    )
-  effort = {"responses": {"reasoning": {"effort": judge.reasoning_effort}}}.get(
-    judge.api, {"reasoning_effort": judge.reasoning_effort}
-  )
-  chat = HttpChat(
-    Endpoint(
-      base_url=base_url,
-      model=judge.model,
-      api=judge.api,
-      key_env=judge.api_key_env if judge.api_key_env in os.environ else "",
-      hides_thinking=True,
-      extra_body=effort if judge.reasoning_effort else {},
-    ),
-    concurrency=judge.concurrency,
-    timeout=judge.timeout_s,
-    deadline=judge.deadline_s,
-    attempts=judge.retries,
-    token_budget=judge.token_budget,
-    cache=str(root / judge.cache) if judge.cache and "://" not in str(root) else judge.cache,
-  )
-  return functools.partial(
-    rubric.grade,
-    chat=chat,
-    template=prompts.load(judge.template),
-    scale=tuple(judge.scale),
-    attempts=judge.samples,
-    on_invalid=judge.on_invalid,
-    max_tokens=judge.max_tokens,
-    temperature=judge.temperature,
-  )
-
-
 class SampleLog:
-  """samples.jsonl: a few graded rollouts a step, to be read by people and by report.py."""
+  """samples.jsonl: a few graded rollouts a step, to be read by people and by report.py.
+
+  On several hosts they are those of host 0.
+  """
 
   def __init__(self, path: epath.Path, first: int, per_step: int):
     """first: the step that the run resumes from; rows of later steps will be written again."""

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from qed_jax import metrics
+from qed_jax import hosts, metrics
 from qed_jax.model import flops, qwen3
 from qed_jax.objectives import finalise
 from qed_jax.records import Batch, Rollout
@@ -33,11 +33,14 @@ class Step:
 
 
 class StepLog:
-  """metrics.jsonl, TensorBoard, samples.jsonl, the progress display, and the count of bad steps."""
+  """metrics.jsonl, TensorBoard, samples.jsonl, the progress display, and the count of bad steps.
+
+  Every host makes the same calls; host 0 writes.
+  """
 
   def __init__(self, root: epath.Path, config, model: qwen3.Qwen3Config, first: int, lag: int):
     """first: the step that the run goes on from. lag: dispatched steps whose metrics may wait."""
-    self.model, self.lag = model, lag
+    self.model, self.lag, self.frozen = model, lag, config.lora.rank > 0
     self.every, self.last = config.log.every, config.steps
     self.writer = metrics.MetricWriter(root, first)
     self.samples = SampleLog(root / "samples.jsonl", first, config.log.samples)
@@ -61,10 +64,14 @@ class StepLog:
     info = step.info | finalise(step.measured)
     now = time.perf_counter()
     seconds, self.done = now - max(step.dispatched, self.done), now
-    tokens = int(np.sum(step.batch.segments_BT > 0)) * jax.process_count()
+    batch = step.batch
+    tokens, work = hosts.totals(
+      int(np.sum(batch.segments_BT > 0)),
+      flops.training(self.model, batch.positions_BT, batch.segments_BT, self.frozen),
+    )
     info |= {"seconds/train": seconds, "tokens_per_s/train": tokens / max(seconds, 1e-9)}
-    info |= utilisation(self.model, step.batch, seconds)
-    self.health.check(step.number, info, step.batch)
+    info |= utilisation(work, seconds)
+    self.health.check(step.number, info, batch)
     number = step.number + 1
     if number % self.every == 0 or number == self.last:
       self.writer.write(number, info)
@@ -78,10 +85,9 @@ class StepLog:
     self.progress.close()
 
 
-def utilisation(model: qwen3.Qwen3Config, batch: Batch, seconds: float) -> dict[str, float]:
-  """MFU of the update, where the chip's peak is known."""
-  done = flops.training(model, batch.positions_BT, batch.segments_BT) * jax.process_count()
-  share = metrics.mfu(done, seconds, jax.devices()[0].device_kind, jax.device_count())
+def utilisation(work: float, seconds: float) -> dict[str, float]:
+  """MFU of the update, where the chip's peak is known. work: operations of all hosts."""
+  share = metrics.mfu(work, seconds, jax.devices()[0].device_kind, jax.device_count())
   return {} if share is None else {"mfu": share}
 
 
@@ -95,7 +101,7 @@ class Health:
     """Raises ValueError after `limit` in a row, with the batch saved for a look."""
     self.skipped = self.skipped + 1 if info["skipped"] else 0
     if self.skipped >= self.limit:
-      path = self.root / f"not_finite_{step}.npz"
+      path = self.root / f"not_finite_{step}{f'_host{h}' if (h := hosts.index()) else ''}.npz"
       with path.open("wb") as file:
         np.savez(file, **{k: v for k, v in vars(batch).items() if v is not None})
       raise ValueError(

@@ -25,22 +25,26 @@ class Window:
   per_step: pieces that a step trains. max_lag: policy updates between the oldest token of a batch
   and the policy that trains on it. order: "admission" trains in the order of numbers, which makes
   runs reproducible; "arrival" whatever is done, so that a slow judge holds up nothing.
+
+  On several hosts each has a window of its own, per_step being its share, and starts every
+  hosts-th number from `host` on: together they start what one window would.
   """
 
-  def __init__(self, per_step: int, max_lag: int, order: str):
+  def __init__(self, per_step: int, max_lag: int, order: str, *, host: int = 0, hosts: int = 1):
     self.per_step, self.max_lag, self.order = per_step, max_lag, order
+    self.host, self.hosts = host, hosts
     self.open: dict[int, int] = {}  # number -> version when it started
     self._done: dict[int, int] = {}  # number -> place in the order of arrival
     self._arrivals = itertools.count()
-    self._next = 0
+    self._next = host
 
   def admit(self, step: int) -> list[int]:
     """Starts what may start under the policy of `step` -> its numbers."""
     if not self.open:
-      self._next = max(self._next, step * self.per_step)
+      self._next = max(self._next, step * self.per_step * self.hosts + self.host)
     room = (self.max_lag + 1) * self.per_step - len(self.open)
-    started = list(range(self._next, self._next + room))
-    self._next += room
+    started = list(range(self._next, self._next + room * self.hosts, self.hosts))
+    self._next += room * self.hosts
     self.open.update(dict.fromkeys(started, step))
     return started
 
@@ -77,11 +81,31 @@ class Window:
 
   def state(self) -> dict:
     """For a checkpoint: what is open will be started again by whoever restores it."""
-    return {"next": self._next, "open": sorted(self.open)}
+    return {"next": self._next - self.host, "open": sorted(self.open)}
 
   def restore(self, state: dict, step: int) -> list[int]:
     """Continues from `state` under the policy of `step` -> the numbers to start again."""
-    self._next = state["next"]
+    self._next = state["next"] + self.host
     self.open = dict.fromkeys(state["open"], step)
     self._done = {}
     return sorted(self.open)
+
+
+def together(states: Sequence[dict]) -> dict:
+  """The states of all hosts' windows, in order, as that of one window.
+
+  A host that was stopped before it had started its part of a step counts as having started it.
+  """
+  latest = max(state["next"] for state in states)
+  opened = {number for state in states for number in state["open"]}
+  for host, state in enumerate(states):
+    opened |= set(range(state["next"] + host, latest + host, len(states)))
+  return {"next": latest, "open": sorted(opened)}
+
+
+def share(state: dict, host: int, hosts: int) -> dict:
+  """A host's part of what `together` gave, on any number of hosts.
+
+  By rank and not by number: open work of any kind is then spread evenly, early and late.
+  """
+  return {"next": state["next"], "open": sorted(state["open"])[host::hosts]}

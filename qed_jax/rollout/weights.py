@@ -12,8 +12,18 @@ import functools
 
 import jax
 
-from qed_jax.model import qwen3
-from qed_jax.sharding import WEIGHTS, replica_meshes, shardings, side_by_side
+from qed_jax.model import lora, qwen3
+from qed_jax.model.layers import Adapted
+from qed_jax.sharding import (
+  WEIGHTS,
+  replica_meshes,
+  shardings,
+  side_by_side,
+  this_hosts_rows,
+  within_hosts,
+)
+
+SAMPLED = {letter: axes for letter, axes in WEIGHTS.items() if letter != "D"}
 
 
 def by_layer(mesh) -> bool:
@@ -24,13 +34,34 @@ def by_layer(mesh) -> bool:
 def check(config: qwen3.Qwen3Config, params: dict) -> None:
   """Raises ValueError, one line, when paths or shapes are not those of the model."""
   expected = qwen3.shapes(config)
-  found = {path: tuple(x.shape) for path, x in qwen3.flatten(params).items()}
+  leaves = {p: x.w if isinstance(x, Adapted) else x for p, x in qwen3.flatten(params).items()}
+  found = {path: tuple(x.shape) for path, x in leaves.items()}
   for path in sorted(expected.keys() | found.keys()):
     if expected.get(path) != found.get(path):
       raise ValueError(
         f"parameter {path} has the shape {found.get(path, 'of nothing: it is missing')}, the "
         f"engine's model needs {expected.get(path, 'none of that name')}: pass its own parameters"
       )
+
+
+def on_this_host(config: qwen3.Qwen3Config, params: dict) -> dict:
+  """Parameters spread over hosts -> this host's whole copy, in the compute dtype, split over
+  `tensor` on its own devices; those of one host are given back as they are.
+
+  One gather over all hosts, which all of them call. Nothing else of theirs may be under way.
+  """
+  mesh = jax.tree.leaves(params)[0].sharding.mesh
+  if len({device.process_index for device in mesh.devices.flat}) == 1:
+    return params
+  everyone = within_hosts(mesh.devices.flat, mesh.shape["tensor"])
+  whole = jax.device_put(_cast(params, config.dtype), layout(params, everyone))
+  here = layout(params, this_hosts_rows(everyone))
+
+  def own(x, sharding):
+    shards = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
+
+  return jax.tree.map(own, whole, here)
 
 
 def sampler_params(config: qwen3.Qwen3Config, params: dict, mesh) -> list[dict]:
@@ -40,10 +71,10 @@ def sampler_params(config: qwen3.Qwen3Config, params: dict, mesh) -> list[dict]:
   accelerators leaves that need no change are the caller's own arrays, not copies.
   """
   replicas = replica_meshes(mesh)
-  whole = jax.device_put(_cast(params, config.dtype), layout(config, side_by_side(mesh)))
+  whole = jax.device_put(_cast(params, config.dtype), layout(params, side_by_side(mesh)))
 
   def part(replica):
-    own = layout(config, replica)
+    own = layout(params, replica)
     devices = set(replica.devices.flat)
 
     def of_devices(x, sharding):
@@ -56,11 +87,9 @@ def sampler_params(config: qwen3.Qwen3Config, params: dict, mesh) -> list[dict]:
   return [part(replica) for replica in replicas]
 
 
-def layout(config: qwen3.Qwen3Config, mesh) -> dict:
+def layout(params: dict, mesh) -> dict:
   """Shardings of the sampler's parameters: split over `tensor`, the width D whole."""
-  dims = {path: qwen3.DIMS[path] for path in qwen3.shapes(config)}
-  rules = {letter: axes for letter, axes in WEIGHTS.items() if letter != "D"}
-  return qwen3.unflatten(shardings(rules, mesh, dims, qwen3.shapes(config)))
+  return shardings(SAMPLED, mesh, lora.letters_in(params), jax.tree.map(lambda x: x.shape, params))
 
 
 def model_view(config: qwen3.Qwen3Config, params: dict) -> tuple[qwen3.Qwen3Config, dict]:
@@ -98,6 +127,8 @@ def _each(turn, config, layer: dict) -> dict:
 
 def _turn(letters: str, shape: tuple, x):
   """NHD, FD -> [in, out] = [D, N H]; DNH, DF -> [N H, D]; norm scales stay."""
+  if isinstance(x, Adapted):  # the factors are small, and stay as they are
+    return dataclasses.replace(x, w=_turn(letters, shape, x.w))
   if len(letters) == 1:
     return x
   outputs = -1 if letters.endswith("D") else shape[0]
@@ -105,4 +136,6 @@ def _turn(letters: str, shape: tuple, x):
 
 
 def _turn_back(letters: str, shape: tuple, x):
+  if isinstance(x, Adapted):
+    return dataclasses.replace(x, w=_turn_back(letters, shape, x.w))
   return x if len(letters) == 1 else x.T.reshape(shape)
