@@ -14,7 +14,7 @@ steps. IMO-ProofBench 39.5 %, ProofBench 33.3 % are the published results of thi
 Fits 64 chips of a v5e (docs/scale.md): four hold a row, and a batch takes two backward passes.
 
 Variants: `:tiny` the tiny world; `:colab` one 16 GB TPU chip, LoRA; `:kaggle` all of 4B on eight of
-them, with batches of 8 rows and moments in bfloat16; `:gpu` one H200.
+them, with batches of 8 rows, moments in bfloat16 and layers' inputs on the host; `:gpu` one H200.
 """
 
 from ml_collections import ConfigDict
@@ -52,6 +52,7 @@ def get_config(variant: str = "") -> ConfigDict:
   elif variant == "kaggle":
     c.mesh.sequence = 8
     c.batch.update(rows=8, microbatch_rows=1)
+    c.model.remat = "offload"
     c.optimizer.update(mu_dtype="bfloat16", second_moment="bfloat16")
     c.checkpoint.every = 25
   elif variant == "colab":

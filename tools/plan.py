@@ -61,7 +61,7 @@ def main(config, _) -> None:
       f"config.mesh.data is {mesh.shape['data']} and --slices {topology.slices}: only the data "
       f"axis crosses slices, set data={topology.slices}"
     )
-  estimated = memory.estimate(config, model, mesh, not topology.is_tpu)
+  estimated = memory.estimate(config, model, mesh, topology.is_tpu)
   found = compiled(config, model, topology)
   result = assemble(config, model, mesh, topology, estimated, found)
   if not result["fits"] and FIND.value:
@@ -186,7 +186,7 @@ def remedy(config, topology, result: dict, estimated: memory.Memory) -> dict | N
     say(f"trying {found.flags}")
     changed = remedies.changed(config, found.changes)
     model, mesh = memory.sizes(changed), memory.mesh_sizes(changed, topology.devices)
-    again = memory.estimate(changed, model, mesh, not topology.is_tpu)
+    again = memory.estimate(changed, model, mesh, topology.is_tpu)
     programs = compiled(changed, model, topology)
     if programs is None:
       needed, confirmed = found.bytes, False

@@ -15,6 +15,7 @@ from qed_jax.rollout.device import Shapes
 # Arrays as wide as all of a layer's products (F, N H, 2 K H and D together) that its backward pass
 # has at once, in the compute dtype.
 LAYER_ARRAYS = 11.0
+GRADIENT_COPIES = 2  # of accumulated gradients: other layouts, and padding to tiles
 QUERY_CHUNK = 1024  # of qed_kernels' plain XLA attention
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
@@ -97,9 +98,10 @@ def check(config, model: qwen3.Qwen3Config, mesh: MeshSizes) -> None:
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   if rows % ways:
     field = "microbatch_rows" if config.batch.microbatch_rows else "rows"
+    near = {max(ways, rows // ways * ways), (rows // ways + 1) * ways}
     raise ValueError(
       f"config.batch.{field} is {rows}, which data x fsdp = {ways} does not divide: use "
-      f"{max(ways, rows // ways * ways)} or {(rows // ways + 1) * ways}"
+      f"{' or '.join(map(str, sorted(near)))}"
     )
   if config.batch.microbatch_rows and config.batch.rows % config.batch.microbatch_rows:
     raise ValueError(
@@ -153,10 +155,11 @@ def tokens_at_once(config, mesh) -> float:
   return rows_at_once(config) * config.batch.row_length / ways
 
 
-def estimate(config, model: qwen3.Qwen3Config, mesh, scores: bool = False) -> Memory:
+def estimate(config, model: qwen3.Qwen3Config, mesh, on_tpu: bool = True) -> Memory:
   """Bytes a chip while `config` trains on a mesh of these sizes.
 
-  scores: whether plain XLA attends, with its blocks of scores, and no kernel: on a GPU.
+  on_tpu: with tiles, which pad what is split finely, and layouts that gradients are copied between;
+  on a GPU plain XLA attends instead of a kernel, with blocks of scores.
   """
   lora = config.get("lora")
   adapted = bool(lora and lora.rank)
@@ -174,16 +177,17 @@ def estimate(config, model: qwen3.Qwen3Config, mesh, scores: bool = False) -> Me
   tensor = mesh.shape["tensor"]
   # The head, gathered to be multiplied, and its gradient before it is split.
   head = model.vocab_size * model.hidden_size / tensor * (wide + (0 if adapted else 4))
-  blocks = 0.0
-  if scores:  # scores, probabilities and their gradient of a chunk of queries
+  if on_tpu:
+    also = GRADIENT_COPIES * trained if microbatches else 0.0
+  else:  # scores, probabilities and their gradient of a chunk of queries
     rows = max(1, rows_at_once(config) // (mesh.shape["data"] * mesh.shape["fsdp"]))
-    blocks = 3 * 4 * rows * model.num_heads / tensor * QUERY_CHUNK * config.batch.row_length
+    also = 3 * 4 * rows * model.num_heads / tensor * QUERY_CHUNK * config.batch.row_length
   memory = Memory(
     weights=weights,
     optimizer=count * optim.moment_bytes(config.optimizer.mu_dtype, config.optimizer.second_moment),
     gradients=trained * (2 if microbatches else 1),
     activations=kept_bytes(model) * tokens,
-    temporaries=LAYER_ARRAYS * widths * tokens * wide + head + blocks,
+    temporaries=LAYER_ARRAYS * widths * tokens * wide + head + also,
     batch=rows_of_step(config)
     * config.batch.row_length
     * (16 if config.job == "sft" else 28)

@@ -99,7 +99,7 @@ def assess(config, changes: dict, topology: Topology, scale: float) -> Remedy | 
   try:
     model, mesh = memory.sizes(changed_config), memory.mesh_sizes(changed_config, topology.devices)
     memory.check(changed_config, model, mesh)
-    needed = memory.estimate(changed_config, model, mesh, not topology.is_tpu).total * scale
+    needed = memory.estimate(changed_config, model, mesh, topology.is_tpu).total * scale
   except ValueError:
     return None
   traffic = roofline.traffic(changed_config, model, mesh, topology.slices)

@@ -99,7 +99,7 @@ def traffic(config, model: qwen3.Qwen3Config, mesh, slices: int) -> dict[str, fl
     heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     found["sequence"] = model.num_layers * tokens * heads * 2 * 3
   if mesh.shape["data"] > 1:
-    found["dcn:data" if slices > 1 else "data"] = 2 * whole / split
+    found["dcn:data" if slices > 1 else "data"] = steps * 2 * whole / split
   return found
 
 
