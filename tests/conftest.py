@@ -45,9 +45,8 @@ TINY = qwen3.Qwen3Config(
 )
 
 
-MAPS = (
-  25_000  # regions of memory; a process may have 65,530, and a file is looked at when it is done
-)
+# Regions of memory, at 100 KB or so each; a process may have 65,530, and there may be four of them.
+MAPS = 15_000
 
 
 @pytest.fixture(scope="module", autouse=True)
