@@ -45,8 +45,9 @@ class Journal:
       self.paid += 1
       completions = await self._chat(messages, seed=seed, n=n, **how)
       replies = [_reply(completion) for completion in completions]
-      kept = (self._cache.keep(*pair) for pair in zip(keys, replies, strict=True))
-      await asyncio.shield(asyncio.gather(*kept))  # it has been paid, whoever has given up waiting
+      # In a thread of its own: it has been paid, though who waits or the loop itself may end.
+      loop = asyncio.get_running_loop()
+      await asyncio.shield(loop.run_in_executor(None, self._add, keys, replies))
     pairs = zip(replies, completions, strict=True)
     return [_completion(reply, completion.usage.calls) for reply, completion in pairs]
 
@@ -57,6 +58,10 @@ class Journal:
   def _key(self, messages, seed: int, sample: int, how: Mapping[str, Any]) -> str:
     asked = [self._model, [dict(message) for message in messages], seed, sample, how]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+  def _add(self, keys: list[str], replies: list[Reply]) -> None:
+    for key, reply in zip(keys, replies, strict=True):
+      self._cache.add(key, reply)
 
 
 def _reply(completion: Completion) -> Reply:

@@ -182,6 +182,8 @@ def test_memory_counts_frozen_weights_once(monkeypatch):
 
   config = rl.get_config("gpu")
   config.init = "Qwen/Qwen3-4B"
+  config.model.param_dtype = "float32"
+  config.optimizer.update(mu_dtype="float32", second_moment="float32")
   assert needed(config) == 64
   config.lora.rank = 16
   assert needed(config) == 9

@@ -74,6 +74,8 @@ def statement_in(request):
 def answer(number, request):
   """Teacher, filter, scheme writer, policy and judge, by what they are asked."""
   text = asked(request)
+  if text.startswith("Are you there?"):  # before a job begins
+    return said("Yes.")
   if "marking schemes for a mathematics olympiad" in text:
     seen = [r for r in answer.log if r is not request and asked(r)[:400] == text[:400]]
     return said(SCHEME if seen else SCHEME.replace("[3 points]", "[2 points]"))

@@ -25,7 +25,7 @@ from test_experience import TEMPLATES, FakeChat, grade
 from configs import cache_rl, rl, sft
 from qed_jax import checkpoint, hosts, sharding, workdir
 from qed_jax.records import Problem
-from qed_jax.rollout import experience, jobs
+from qed_jax.rollout import experience, jobs, judging
 from qed_jax.rollout.streaming import Window, share, together
 
 ROOT = Path(__file__).parents[1]
@@ -169,9 +169,9 @@ def test_numbers_that_hosts_cannot_share_are_named(monkeypatch):
 
 def test_every_host_keeps_the_judges_replies_in_a_file_of_its_own(monkeypatch):
   monkeypatch.setattr(hosts, "index", lambda: 2)
-  assert jobs.replies_of_this_host("judge.jsonl", Path("/w")) == "/w/judge.host2.jsonl"
+  assert judging.replies_of_this_host("judge.jsonl", Path("/w")) == "/w/judge.host2.jsonl"
   monkeypatch.setattr(hosts, "index", lambda: 0)
-  assert jobs.replies_of_this_host("judge.jsonl", Path("/w")) == "/w/judge.jsonl"
+  assert judging.replies_of_this_host("judge.jsonl", Path("/w")) == "/w/judge.jsonl"
 
 
 # --- whose work

@@ -63,7 +63,8 @@ async def run(config, root: pathlib.Path, items: list[Item]) -> Outcome:
   }
   chat = chats.open_chat(config, root)
   grade = jobs.grader(config.judge, epath.Path(root))
-  judging.check(grade)
+  if isinstance(grade, judging.Judge):
+    await grade.check()
   kept, dropped = [], []
   try:
     with Ledger(root / "attempts.jsonl") as attempts, Ledger(root / "grades.jsonl") as grades:
