@@ -50,11 +50,14 @@ $(FULL): $(BASE)
 
 setup: $(FULL)
 
+# A process for each core, up to four, which take files in turn: each holds up to 4 GB.
+PYTEST = $(RUN) -m pytest -n auto --maxprocesses=4 --dist loadfile
+
 test: $(FULL)
-	$(RUN) -m pytest -m 'not slow and not aot'
+	$(PYTEST) -m 'not slow and not aot'
 
 test-slow: $(FULL)
-	$(RUN) -m pytest -m slow
+	$(PYTEST) -m slow
 
 aot: $(FULL)
 	$(INSTALL) '.[test,aot]' || echo 'libtpu cannot be had here: the tests that need it will be skipped'
@@ -78,8 +81,8 @@ demo: $(BASE)
 	$(TRAIN) --config=configs/cache_rl.py:tiny --workdir=$(DEMO)/cache_rl --config.init=$(DEMO)/sft
 	$(EVALUATE) --workdir=$(DEMO)/evaluate/untrained --config.policy=$(DEMO)/sft --config.untrained=True --config.label=untrained
 	$(EVALUATE) --workdir=$(DEMO)/evaluate/sft --config.policy=$(DEMO)/sft --config.label=SFT
-	$(EVALUATE) --workdir=$(DEMO)/evaluate/rl --config.policy=$(DEMO)/rl --config.label='rubric RL' --config.cache.summariser=$(DEMO)/sft
-	$(EVALUATE) --workdir=$(DEMO)/evaluate/cache_rl --config.policy=$(DEMO)/cache_rl --config.label='cache RL' --config.cache.summariser=$(DEMO)/sft
+	$(EVALUATE) --workdir=$(DEMO)/evaluate/rl --config.policy=$(DEMO)/rl --config.label='rubric RL' --config.summariser=$(DEMO)/sft
+	$(EVALUATE) --workdir=$(DEMO)/evaluate/cache_rl --config.policy=$(DEMO)/cache_rl --config.label='cache RL' --config.summariser=$(DEMO)/sft
 	$(RUN) -m qed_jax.report --workdir=$(DEMO)
 
 clean:

@@ -12,12 +12,15 @@ attempts each; group = (problem, state); 32 problems x 2 x 16 = 1,024 rollouts a
 No replay buffer of summaries there (`replay` turns on that of the reasoning-cache paper, section
 6).
 
-Variants: `:tiny` the tiny world; `:colab` one 16 GB TPU chip, 0.6B; `:gpu` one H200.
+Fits 64 chips of a v5p or a v6e (docs/scale.md): each group of four holds a row of the backward
+pass, and a replica of the policy and of the summariser with 1,280 and 256 pages.
+
+Variants: `:tiny` the tiny world; `:colab` one 16 GB TPU chip, LoRA; `:gpu` one H200.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common, rl
+from configs import common, rl, scaffolds
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -30,6 +33,8 @@ def get_config(variant: str = "") -> ConfigDict:
     "final_state": True,  # the state after the last summary can be drawn too
     "summariser": common.QWEN3_INSTRUCT,  # a workdir, HF folder or hub id; "" is the policy
     "summariser_revision": "main",
+    "slots": 128,  # of a frozen summariser's engine, and its pages: beside the policy's own
+    "pages": 4_096,
     "summarise": "summarise",
     "max_tokens": 2_048,
     "temperature": 0.7,
@@ -38,11 +43,12 @@ def get_config(variant: str = "") -> ConfigDict:
     "replay": False,
     "summaries": 1,  # over 1: that many a drawn state are compared, and the summariser trained
   })  # fmt: skip
+  c.eval.scaffold = scaffolds.get("reasoning_cache", tiny=variant == "tiny")
   if variant == "tiny":
     c.rollout.prompt = "tiny_reason"
     c.rollout.problems = 16
     c.cache.update(summariser="init", summariser_revision="", summarise="tiny_summarise")
-    c.cache.update(max_tokens=26)
+    c.cache.update(max_tokens=26, slots=c.rollout.slots, pages=0)
   elif variant in ("gpu", "colab"):
     c.rollout.problems //= 2
     c.cache.summariser, c.cache.summariser_revision = "", ""  # one model in memory
@@ -50,6 +56,7 @@ def get_config(variant: str = "") -> ConfigDict:
   else:
     c.rollout.problems = 32
     c.mesh.tensor = 4
-    c.batch.row_length = c.rollout.max_length = 53_248
+    c.batch.update(row_length=53_248, microbatch_rows=16)
+    c.rollout.update(max_length=53_248, pages=20_480)  # 20,480 tokens a slot on average
     c.optimizer.clip_norm = 76.8
   return c

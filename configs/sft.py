@@ -11,7 +11,10 @@ sequences are not packed there; here rows are packed with no attention across ex
 hold more than 32 examples, and `batch.rows` is the field to lower if an epoch should stay 124
 steps. IMO-ProofBench 39.5 %, ProofBench 33.3 % are the published results of this stage.
 
-Variants: `:tiny` the tiny world; `:colab` one 16 GB TPU chip, 0.6B; `:gpu` one H200.
+Fits 64 chips of a v5e (docs/scale.md): four hold a row, and a batch takes two backward passes.
+
+Variants: `:tiny` the tiny world; `:colab` one 16 GB TPU chip, LoRA; `:kaggle` all of 4B on eight of
+them, with batches of 8 rows, moments in bfloat16 and layers' inputs on the host; `:gpu` one H200.
 """
 
 from ml_collections import ConfigDict
@@ -27,8 +30,8 @@ def get_config(variant: str = "") -> ConfigDict:
   c.optimizer.schedule = "cosine"
   c.optimizer.warmup_steps = 19
   c.optimizer.weight_decay = 0.0
-  c.mesh.tensor = 2
-  c.batch.update(row_length=45_056, rows=32)
+  c.mesh.sequence = 4
+  c.batch.update(row_length=45_056, rows=32, microbatch_rows=16)
   c.checkpoint.every = 62
   c.data = ConfigDict({
     "source": "lm-provers/FineProofs-SFT",  # hub id, folder, Parquet/JSONL file, "tiny_world"
@@ -44,11 +47,17 @@ def get_config(variant: str = "") -> ConfigDict:
     common.tiny(c)
     c.data.update(source="tiny_world", revision="", size=20_000, prompt="tiny_reason")
   elif variant == "gpu":
-    c.mesh.tensor = 1
+    c.mesh.sequence = 1
     c.batch.update(row_length=32_768, rows=8, microbatch_rows=1)
+  elif variant == "kaggle":
+    c.mesh.sequence = 8
+    c.batch.update(rows=8, microbatch_rows=1)
+    c.model.remat = "offload"
+    c.optimizer.update(mu_dtype="bfloat16", second_moment="bfloat16")
+    c.checkpoint.every = 25
   elif variant == "colab":
-    common.colab(c)
-    c.batch.update(row_length=4_096, rows=8, microbatch_rows=1)
+    common.colab(c, lr=3e-4)
+    c.batch.update(row_length=8_192, rows=8, microbatch_rows=1)
   elif variant:
-    raise ValueError(f"configs/sft.py has no variant {variant!r}: use tiny, colab or gpu")
+    raise ValueError(f"configs/sft.py has no variant {variant!r}: use tiny, colab, kaggle or gpu")
   return c

@@ -10,6 +10,7 @@ who wants a fresh sample of the same prompt asks with another seed or a larger n
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import datetime
 import email.utils
@@ -18,24 +19,36 @@ import json
 import math
 import os
 import re
+import ssl
 import time
 import urllib.parse
+import urllib.request
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-import openai
+import aiohttp
+import certifi
 
 from qed_jax import replies
+from qed_jax.breaker import Breaker
 from qed_jax.records import Completion, Usage
 
 _RETRIED = frozenset({408, 409, 425, 429})  # other 4xx say that the same request fails again
+# These say that every request fails: address, key, model, redirects to somewhere else.
+_REFUSED = frozenset({301, 302, 303, 307, 308, 401, 403, 404, 405})
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds, between attempts
+_PROBE_S, _PROBE_TOKENS = 60.0, 16  # of the request that asks whether an endpoint is alive
 _SECRET_LENGTH = 8  # shorter keys are dummies like "EMPTY", too common a word to blot out
 
 
 class ChatError(RuntimeError):
   """A call that brought no completion. One line: model, host, cause. Never holds a key."""
+
+
+class Unavailable(ChatError, ValueError):
+  """No call can succeed before somebody mends the endpoint, or the budget. One line that says what
+  to do. It should stop a run, as other ValueErrors do, and the run can be resumed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +58,7 @@ class Endpoint:
   base_url: with the version, as in "http://localhost:8000/v1".
   api: "chat" (POST /chat/completions) or "responses" (POST /responses).
   key_env: name of the environment variable that holds the key; "" sends none.
+  key_required: whether that variable must be set; a server of one's own may need no key.
   max_tokens_field: its name in the chat API; newer OpenAI models want "max_completion_tokens".
   omit: sampling fields the server rejects ("temperature", "top_p", "seed", ...): not sent.
   understands_thinking: `thinking` is sent as chat_template_kwargs.enable_thinking.
@@ -57,6 +71,7 @@ class Endpoint:
   model: str
   api: str = "chat"
   key_env: str = ""
+  key_required: bool = True
   max_tokens_field: str = "max_tokens"
   omit: tuple[str, ...] = ()
   understands_thinking: bool = False
@@ -70,8 +85,13 @@ class HttpChat:
   concurrency: requests in flight at once.
   timeout: seconds for one request. deadline: seconds for a call with its retries and waits,
     counted from its first turn in the queue. attempts: requests per call at most.
-  token_budget: tokens read and written by this object before it refuses to send; 0 is no limit.
-    What is in flight when the budget is reached still arrives.
+  token_budget: tokens read and written before it refuses to send; 0 is no limit. Replies that the
+    cache held when it was opened count: a resumed run has one budget. What is in flight when the
+    budget is reached still arrives.
+  prices: dollars for a million tokens read and written. money_budget: dollars; 0 is no limit.
+  patience: seconds of an outage of the endpoint during which calls wait, as if time stood still
+    (breaker.py); 0 lets them fail. outage_after: failures in a row that make it ask whether there
+    is one; a call that would give up asks too.
   cache: path of a local JSONL file that replies are appended to; "" keeps none.
   sleep, clock: for tests, in seconds; sleep must move the clock on.
 
@@ -87,11 +107,16 @@ class HttpChat:
     deadline: float,
     attempts: int,
     token_budget: int = 0,
+    prices: tuple[float, float] = (0.0, 0.0),
+    money_budget: float = 0.0,
+    patience: float = 0.0,
+    outage_after: int = 1,
     cache: str = "",
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     clock: Callable[[], float] = time.monotonic,
   ):
-    for name, value in [("concurrency", concurrency), ("attempts", attempts)]:
+    counts = {"concurrency": concurrency, "attempts": attempts, "outage_after": outage_after}
+    for name, value in counts.items():
       if value < 1:
         raise ValueError(f"{name}={value}: at least 1 is needed")
     for name, value in [("timeout", timeout), ("deadline", deadline)]:
@@ -99,20 +124,41 @@ class HttpChat:
         raise ValueError(f"{name}={value}: give a positive number of seconds")
     if endpoint.api not in ("chat", "responses"):
       raise ValueError(f"api={endpoint.api!r}: use 'chat' or 'responses'")
+    if money_budget and not any(prices):
+      raise ValueError(f"money_budget={money_budget:g}: give the prices of a million tokens too")
     self.stats: collections.Counter[str] = collections.Counter()
     self._where = f"{endpoint.model} at {_host(endpoint.base_url)}"
     self._endpoint = endpoint
-    self._key = _read_key(endpoint.key_env)
+    route = "/chat/completions" if endpoint.api == "chat" else "/responses"
+    self._url = endpoint.base_url.rstrip("/") + route
+    self._key = _read_key(endpoint.key_env, endpoint.key_required)
     self._concurrency = concurrency
     self._timeout = timeout
     self._deadline = deadline
     self._attempts = attempts
-    self._budget = token_budget
+    self._token_budget, self._money_budget = token_budget, money_budget
+    self._prices = prices
     self._cache = replies.ReplyCache(cache) if cache else None
     self._sleep = sleep
     self._clock = clock
     self._not_before = -math.inf  # the endpoint's last Retry-After
     self._loop: asyncio.AbstractEventLoop | None = None
+    self._session: aiohttp.ClientSession | None = None
+    self.breaker = Breaker(
+      self._probe,
+      self._outlasted,
+      after=outage_after,
+      patience=patience,
+      longest_wait=_LONGEST_WAIT,
+      held=lambda: self._not_before - clock(),
+      sleep=sleep,
+      clock=clock,
+    )
+
+  @property
+  def cost(self) -> float:
+    """Dollars that this object has spent."""
+    return self._dollars(self.stats["input_tokens"], self.stats["output_tokens"])
 
   async def __call__(
     self,
@@ -134,7 +180,7 @@ class HttpChat:
     Raises ChatError when one of the n cannot be had; the others are waited for even then, so that
     the cache keeps what was paid.
     """
-    self._enter_loop()
+    await self._enter_loop()
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
     if top_k:
       sampling["top_k"] = top_k
@@ -149,30 +195,52 @@ class HttpChat:
         raise result
     return results
 
+  async def check(self) -> None:
+    """One small request. Raises Unavailable, in one line, where none can succeed as things are."""
+    await self._enter_loop()
+    fault, _ = await self._small_request()
+    for attempt in range(1, self._attempts):
+      if fault is None or fault.final:
+        break
+      await self._sleep(fault.retry_after or _backoff(attempt, jitter=_digest(attempt)))
+      fault, _ = await self._small_request()
+    if fault is not None:
+      hint = "" if fault.refused else " (check base_url, and whether the server is up)"
+      raise self._unavailable(f"it does not answer{hint}", fault)
+
   async def close(self) -> None:
     """Closes the connections and the cache file."""
     if self._loop is asyncio.get_running_loop():
-      await self._client.close()
+      await self.breaker.close()
+      await self._session.close()
     self._loop = None
     if self._cache:
       self._cache.close()
 
-  def _enter_loop(self) -> None:
+  async def _enter_loop(self) -> None:
     # Connections and semaphores belong to an event loop, and a run may start more than one.
     loop = asyncio.get_running_loop()
     if loop is self._loop:
       return
-    self._loop = loop
+    self._loop, left = loop, self._session
     self._slots = asyncio.Semaphore(self._concurrency)
     self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-    self._client = openai.AsyncOpenAI(
-      api_key=self._key or "none",  # without one the package would send OPENAI_API_KEY
-      base_url=self._endpoint.base_url,
-      max_retries=0,
-      timeout=self._timeout,
+    url = urllib.parse.urlsplit(self._url)
+    bypass = urllib.request.proxy_bypass(url.hostname)
+    headers = {"Content-Type": "application/json", "User-Agent": "qed_jax"}
+    if self._key:
+      headers["Authorization"] = f"Bearer {self._key}"
+    # trust_env would send the passwords of ~/.netrc in place of the key.
+    self._session = aiohttp.ClientSession(
+      connector=aiohttp.TCPConnector(limit=0, ssl=_tls() if url.scheme == "https" else True),
+      timeout=aiohttp.ClientTimeout(total=None),
+      headers=headers,
+      proxy=None if bypass else urllib.request.getproxies().get(url.scheme),
+      trust_env=False,
     )
-    for name in ("organization", "project", "admin_api_key"):
-      setattr(self._client, name, None)  # it reads them from the environment, for any server
+    weakref.finalize(self, _let_go, self._session)
+    if left is not None:  # of a loop that has ended, and its connections with it
+      await left.close()
 
   def _body(
     self,
@@ -201,7 +269,7 @@ class HttpChat:
       key = _digest([self._endpoint.api, body, sample])
       lock = self._locks.setdefault(key, asyncio.Lock())
       async with lock:  # two who ask the same pay once
-        reply = await asyncio.to_thread(self._cache.get, key)
+        reply = await self._cache.find(key)
         if reply is not None:
           self.stats["cache_hits"] += 1
           usage = Usage(reply.input_tokens, reply.output_tokens)
@@ -211,80 +279,150 @@ class HttpChat:
     return Completion(text=text, finish_reason=reply.finish_reason, usage=usage)
 
   async def _ask(self, body: dict[str, Any], key: str | None = None) -> tuple[replies.Reply, Usage]:
-    """The retry policy. A Retry-After binds every call of this object, a back-off only its own.
+    """The retry policy. A Retry-After binds every call of this object, a back-off only its own; and
+    what a call went through in an outage does not count.
 
     key: what the reply is kept under, before its slot goes to another request: a kill then loses
     no more replies than there are slots.
     """
-    start = None
+    requests, attempt, start = 0, 0, None
     fault = _Fault("no answer")
-    for attempt in range(1, self._attempts + 1):
+    while True:
+      if await self.breaker.passes():
+        attempt, start = 0, None
+      wait, gave_up = 0.0, ""
       async with self._slots:  # not held during a back-off, so that the healthy go on
         start = self._clock() if start is None else start
         end = start + self._deadline
-        while (held := self._not_before - self._clock()) > 0:
-          if self._not_before >= end:
-            raise self._error(f"it asks to wait {held:.0f} s more, past the deadline", fault)
+        while (held := self._not_before - self._clock()) > 0 and self._not_before < end:
           await self._sleep(held)
-        if 0 < self._budget <= self.stats["tokens"]:
-          raise self._error(f"the token budget of {self._budget} is spent: raise token_budget")
+        self._check_budget()
         sent = self._clock()
-        if sent >= end:
-          raise self._error(f"gave up at the deadline of {self._deadline:g} s", fault)
-        limit = min(self._timeout, end - sent)
-        try:
-          async with asyncio.timeout(limit):
-            reply = await self._post(body)
-        except (openai.APIError, TimeoutError, UnicodeEncodeError, replies.Malformed) as error:
-          fault = _diagnose(error, self._endpoint, limit)
+        if held > 0:
+          gave_up = f"it asks to wait {held:.0f} s more, past the deadline"
+        elif sent >= end:
+          gave_up = f"gave up at the deadline of {self._deadline:g} s"
         else:
-          self.stats["tokens"] += reply.input_tokens + reply.output_tokens
-          seconds = self._clock() - sent
-          if key is not None:
-            await asyncio.to_thread(self._cache.add, key, reply)
-          return reply, Usage(reply.input_tokens, reply.output_tokens, seconds, attempt)
-      if fault.final:
+          attempt, requests = attempt + 1, requests + 1
+          fault, reply = await self._post(body, min(self._timeout, end - sent))
+          if fault is None:
+            self.breaker.succeeded()
+            seconds = self._clock() - sent
+            if key is not None:
+              await self._cache.keep(key, reply)
+            return reply, Usage(reply.input_tokens, reply.output_tokens, seconds, requests)
+      if fault.final and not fault.refused:
+        self.breaker.succeeded()  # it answers, if not to this request
         raise self._error("the request cannot succeed", fault)
-      wait = fault.retry_after or _backoff(attempt, jitter=_digest([body, attempt]))
-      if fault.retry_after:
-        self._not_before = max(self._not_before, self._clock() + wait)
-      if attempt == self._attempts:
-        raise self._error(f"gave up after {attempt} requests", fault)
-      if self._clock() + wait >= end:
-        raise self._error(f"gave up at the deadline of {self._deadline:g} s", fault)
+      if not gave_up:
+        wait = fault.retry_after or _backoff(attempt, jitter=_digest([body, attempt]))
+        if fault.retry_after:
+          self._not_before = max(self._not_before, self._clock() + wait)
+        if fault.refused:
+          gave_up = "the request cannot succeed"
+        elif attempt == self._attempts:
+          gave_up = f"gave up after {attempt} requests"
+        elif self._clock() + wait >= end:
+          gave_up = f"gave up at the deadline of {self._deadline:g} s"
+      if await self.breaker.failed(last=bool(gave_up)):
+        attempt, start = 0, None
+        continue
+      if gave_up:
+        raise self._error(gave_up, fault)
       self.stats["retries"] += 1
       await self._sleep(wait)
-    raise AssertionError("the loop returns or raises")
 
-  async def _post(self, body: dict[str, Any]) -> replies.Reply:
+  async def _post(
+    self, body: dict[str, Any], limit: float
+  ) -> "tuple[_Fault, None] | tuple[None, replies.Reply]":
+    """One request of at most `limit` seconds."""
     self.stats["requests"] += 1
-    rest = {name: value for name, value in body.items() if name not in ("messages", "input")}
-    if self._endpoint.api == "chat":
-      create = self._client.chat.completions.with_raw_response.create
-      raw = await create(model=body["model"], messages=body["messages"], extra_body=rest)
-    else:
-      create = self._client.responses.with_raw_response.create
-      raw = await create(model=body["model"], input=body["input"], extra_body=rest)
-    asked = sum(len(turn["content"]) for turn in body.get("messages", body.get("input")))
-    # The package's own models accept any JSON, so the body is read here.
-    reply = replies.read(raw.http_response.content, self._endpoint.api, asked)
-    return dataclasses.replace(
-      reply, reasoning=self._blot(reply.reasoning), content=self._blot(reply.content)
-    )
+    asked = sum(len(turn["content"]) for turn in body.get("messages") or body["input"])
+    try:
+      async with asyncio.timeout(limit):
+        status, headers, content = await self._exchange(body)
+      if status != 200:
+        return _of_status(status, headers, content, self._endpoint), None
+      reply = replies.read(content, self._endpoint.api, asked)
+    except TimeoutError:
+      return _Fault(f"no answer in {limit:.3g} s"), None
+    except aiohttp.ClientError as error:
+      return _Fault(f"no connection: {str(error) or type(error).__name__}"), None
+    except replies.Malformed as error:
+      return _Fault(f"malformed reply: {error}"), None
+    except UnicodeEncodeError:
+      return _Fault("the messages hold a lone surrogate, which UTF-8 cannot carry", True), None
+    self.stats["input_tokens"] += reply.input_tokens
+    self.stats["output_tokens"] += reply.output_tokens
+    self.stats["tokens"] += reply.input_tokens + reply.output_tokens
+    blotted = {"reasoning": self._blot(reply.reasoning), "content": self._blot(reply.content)}
+    return None, dataclasses.replace(reply, **blotted)
+
+  async def _exchange(self, body: dict[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+    """Status, headers and content of the answer to one request."""
+    data = json.dumps(body, ensure_ascii=False).encode()
+    async with self._session.post(self._url, data=data, allow_redirects=False) as response:
+      return response.status, response.headers, await response.read()
+
+  async def _small_request(self):
+    turn = {"role": "user", "content": "Are you there? Answer with one word."}
+    body = self._body([turn], _PROBE_TOKENS, {"temperature": 1.0}, False)
+    return await self._post(body, min(self._timeout, _PROBE_S))
+
+  async def _probe(self) -> str | None:
+    """What the breaker asks: whether the endpoint answers at all."""
+    fault, _ = await self._small_request()
+    if fault is None or (fault.final and not fault.refused):
+      return None
+    if fault.refused:
+      raise self._unavailable("it refuses every request", fault)
+    if fault.retry_after:
+      self._not_before = max(self._not_before, self._clock() + fault.retry_after)
+    return fault.cause
+
+  def _outlasted(self, seconds: float, cause: str) -> Exception:
+    what = f"no answer for {seconds:.0f} s, and patience_s ends"
+    return self._unavailable(what, _Fault(cause))
+
+  def _check_budget(self) -> None:
+    """Raises Unavailable when a budget is spent."""
+    before = self._cache.spent_before if self._cache else (0, 0)
+    read, written = before[0] + self.stats["input_tokens"], before[1] + self.stats["output_tokens"]
+    if 0 < self._token_budget <= read + written:
+      raise self._unavailable(
+        f"the token budget of {self._token_budget} is spent: raise token_budget"
+      )
+    if 0 < self._money_budget <= (dollars := self._dollars(read, written)):
+      raise self._unavailable(
+        f"{dollars:.2f} dollars of the budget of {self._money_budget:g} are spent: raise "
+        "money_budget"
+      )
+
+  def _dollars(self, read: int, written: int) -> float:
+    return (read * self._prices[0] + written * self._prices[1]) / 1e6
 
   def _blot(self, text: str) -> str:
     return text.replace(self._key, "[key]") if len(self._key) >= _SECRET_LENGTH else text
 
   def _error(self, what: str, fault: "_Fault | None" = None) -> ChatError:
     self.stats["failed"] += 1
+    return ChatError(self._line(what, fault))
+
+  def _unavailable(self, what: str, fault: "_Fault | None" = None) -> Unavailable:
+    return Unavailable(f"{self._line(what, fault)}; mend it and run the same command to go on")
+
+  def _line(self, what: str, fault: "_Fault | None") -> str:
     cause = " ".join(self._blot(fault.cause).split())[:300] if fault else ""
-    return ChatError(f"{self._where}: {what}{f': {cause}' if cause else ''}")
+    return f"{self._where}: {what}{f': {cause}' if cause else ''}"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Fault:
+  """final: the same request fails again. refused: and so does any other request."""
+
   cause: str
   final: bool = False
+  refused: bool = False
   retry_after: float | None = None
 
 
@@ -297,8 +435,8 @@ def _host(base_url: str) -> str:
   return url.netloc
 
 
-def _read_key(name: str) -> str:
-  if not name:
+def _read_key(name: str, required: bool) -> str:
+  if not name or not (required or name in os.environ):
     return ""
   if not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,99}", name):  # it may be the key itself: do not show it
     raise ValueError("key_env must be the NAME of an environment variable, such as OPENAI_API_KEY")
@@ -323,26 +461,37 @@ def _backoff(attempt: int, jitter: str) -> float:
   return min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT) * (0.5 + 0.5 * spread)
 
 
-def _diagnose(error: Exception, endpoint: Endpoint, limit: float) -> _Fault:
+def _of_status(
+  status: int, headers: Mapping[str, str], content: bytes, endpoint: Endpoint
+) -> _Fault:
   """What went wrong, whether the same request can succeed later, and when the server says so."""
-  match error:
-    case openai.APITimeoutError() | TimeoutError():
-      return _Fault(f"no answer in {limit:.3g} s")
-    case openai.APIStatusError(status_code=status):
-      hint = ""
-      if status in (401, 403):
-        hint = f" (check the key in {endpoint.key_env})" if endpoint.key_env else " (set key_env)"
-      elif status == 404:
-        hint = " (check base_url and the name of the model)"
-      spent = error.code in ("insufficient_quota", "billing_hard_limit_reached")
-      final = spent or (status < 500 and status not in _RETRIED)
-      said = error.body.get("message") if isinstance(error.body, dict) else error.message
-      return _Fault(f"HTTP {status}{hint}: {said}", final, _retry_after(error.response.headers))
-    case openai.APIConnectionError():
-      return _Fault(f"no connection: {error.__cause__ or error}")
-    case UnicodeEncodeError():
-      return _Fault("the messages hold a lone surrogate, which UTF-8 cannot carry", final=True)
-  return _Fault(f"malformed reply: {error}")
+  said, code = replies.error(content)
+  hint = ""
+  if status in (401, 403):
+    hint = " (set key_env)"
+    if endpoint.key_env:
+      known = endpoint.key_env in os.environ
+      hint = f" ({'check' if known else 'export'} the key in {endpoint.key_env})"
+  elif status in _REFUSED:
+    hint = " (check base_url and the name of the model"
+    hint += ", or use api='chat')" if endpoint.api == "responses" else ")"
+  spent = code in ("insufficient_quota", "billing_hard_limit_reached")
+  final = spent or (status < 500 and status not in _RETRIED)
+  refused = spent or status in _REFUSED
+  return _Fault(f"HTTP {status}{hint}: {said}", final, refused, _retry_after(headers))
+
+
+def _let_go(session: aiohttp.ClientSession) -> None:
+  """Closes a session that nobody has closed; aiohttp would complain on stderr."""
+  closing = session.close()
+  with contextlib.suppress(StopIteration, RuntimeError):
+    closing.send(None)  # where its loop has ended there is nothing to wait for
+  closing.close()
+
+
+def _tls() -> ssl.SSLContext:
+  """The certificates that SSL_CERT_FILE names, or certifi's: some Pythons come without any."""
+  return ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

@@ -1,97 +1,231 @@
 """Evaluation: python -m qed_jax.evaluate --config=configs/evaluate.py:tiny --workdir=runs/eval
 
-Each problem runs through the turns of the reasoning cache, every turn's proof is graded, and the
-rows go to eval.jsonl as blocks of problems finish; what is there already is not asked for again.
-eval_summary.json holds the scores with 95 % bootstrap intervals over problems: by turn, and by
-level of the problem. A proof that could not be graded is counted, never a zero.
+A benchmark's problems run through a scaffold on a model, and a judge grades every proof. Rows go to
+eval.jsonl as attempts finish; what is there already is not asked for again, and more samples or
+problems of the same config add to it. eval_summary.json holds the scores with their errors. A proof
+that could not be graded is counted, never a zero.
+
+  python -m qed_jax.evaluate --config=configs/evaluate.py:judge --workdir=runs/judge
+  python -m qed_jax.evaluate compare RUN_A RUN_B
+  python -m qed_jax.evaluate export RUN OUT.jsonl
+
+The first of these has the judge mark proofs that people have marked (judge_summary.json).
 """
 
+import argparse
 import asyncio
-import collections
 import json
 import os
+import sys
+from pathlib import Path
 
 from etils import epath
 
-from qed_jax import flags, intervals, prompts, sharding, workdir
-from qed_jax.chat import Endpoint, HttpChat
-from qed_jax.data import problems as problem_files
-from qed_jax.data import tiny_world
+from qed_jax import flags, scaffolds, sharding, workdir
+from qed_jax.chat import ChatError, Endpoint, HttpChat
 from qed_jax.data import tokenizer as tokenizers
-from qed_jax.records import Problem
-from qed_jax.rollout import jobs, policy
+from qed_jax.evaluation import attempts, comparison, export, judges, results, sources, summary
+from qed_jax.evaluation.rows import Labels, Prices, judge_name
+from qed_jax.journal import Journal
+from qed_jax.rollout import jobs, judging, policy
 from qed_jax.rollout.engine_chat import EngineChat
-from qed_jax.rollout.experience import sampling
-from qed_jax.scaffolds.proof import split_proof
-from qed_jax.scaffolds.reasoning_cache import solve, turn_seed
 
-ROWS, SUMMARY = "eval.jsonl", "eval_summary.json"
+# Fields that say how and how much, not what: rows that are there stay good when they change. The
+# judge of each row is in the row.
+FREE = ("label", "prices", "pass_score", "judge", "samples_per_problem", "data.problems")
+FREE += ("data.max_bad_share", "problems_at_once", "failures_in_a_row")
+FREE += tuple(f"endpoint.{x}" for x in ("base_url_env", "api_key_env", "concurrency", "retries"))
+FREE += ("endpoint.timeout_s", "endpoint.deadline_s", "endpoint.cache")
 
 
 def main(config, folder: str) -> None:
   root = epath.Path(folder)
-  workdir.check_same_config(root, config.to_dict(), ignore=("label", "judge", "problems_at_once"))
-  problems = read_problems(config)
-  rows = read_rows(root / ROWS, config.cache.turns)
-  done = {(row["problem_id"], row["sample"]) for row in rows}
-  wanted = [(p, s) for p in problems for s in range(config.samples_per_problem)]
-  missing = [(p, s) for p, s in wanted if (p.id, s) not in done]
-  if missing:
-    chat, summariser = open_chat(config), None
-    if config.cache.summariser:
-      revision = config.cache.summariser_revision
-      summariser = load_chat(config, config.cache.summariser, revision, "config.cache.summariser")
-    grade = jobs.grader(config.judge, root)
+  workdir.check_same_config(root, config.to_dict(), ignore=FREE)
+  if config.study == "judge":
+    return study_judge(config, root)
+  problems = sources.problems(config.data, config.judge, config.seed)
+  samples, prices = config.samples_per_problem, Prices(**config.prices)
+  with results.Results(root / results.ROWS) as rows:
+    check_judge(rows.rows, config, root / results.ROWS)
+    done = {(row["problem_id"], row["sample"]) for row in rows.rows}
+    missing = [(p, s) for s in range(samples) for p in problems if (p.id, s) not in done]
+    outages = [row for row in rows.rows if attempts.is_outage(row)]
+    grade = chat = summariser = None
+    if missing or outages:
+      grade = jobs.grader(config.judge, root)
+      judging.check(grade)
+    if missing:
+      chat, summariser = open_chats(config, root)
     workdir.write_run_files(root, config.to_dict())
-    for start in range(0, len(missing), config.problems_at_once):
-      block = missing[start : start + config.problems_at_once]
-      new = asyncio.run(run_block(config, block, chat, summariser, grade))
-      append_rows(root / ROWS, new)
-      rows += new
-      print(f"{config.label or config.policy}: {len(rows)} graded turns", flush=True)
-  summary = summarise_rows(config, rows, len(wanted))
-  (root / SUMMARY).write_text(json.dumps({"rows": [summary]}, indent=2) + "\n")
-  print(table(summary), flush=True)
+    failed = asyncio.run(finish(config, rows, missing, outages, chat, summariser, grade))
+    found = summary.summarise(
+      rows.rows,
+      problems,
+      samples,
+      label=config.label or model_name(config),
+      prices=prices,
+      pass_score=config.pass_score,
+      seed=config.seed,
+    )
+  report(root / results.SUMMARY, found, summary.table(found), failed)
 
 
-def read_problems(config) -> list[Problem]:
-  """The first `data.problems` of the benchmark; of the tiny world, that many different ones."""
-  block = config.data
-  if block.source == jobs.TINY_WORLD:
-    drawn = tiny_world.problems(config.seed, 2 * block.problems, block.split)
-    return list({problem.id: problem for problem in drawn}.values())[: block.problems]
-  found, report = problem_files.load(
-    block.source,
-    revision=block.revision,
-    config="default",
-    split=block.split,
-    require=("answer",) if config.judge.reward == "answer" else ("rubric",),
-    reward_range=None,
-    max_bad_share=block.max_bad_share,
+def study_judge(config, root: epath.Path) -> None:
+  """The judge marks proofs that people have marked."""
+  proofs = judges.by_id(sources.graded(config.data))
+  prices, name = Prices(**config.prices), judge_name(config.judge)
+  with results.Results(root / judges.ROWS) as rows:
+    check_judge(rows.rows, config, root / judges.ROWS)
+    done = {row["sample"] for row in rows.rows}
+    missing = [(proof.problem, key) for key, proof in proofs.items() if key not in done]
+    failed = []
+    if missing:
+      grade = jobs.grader(config.judge, root)
+      judging.check(grade)
+      workdir.write_run_files(root, config.to_dict())
+      benchmark = config.data.name or config.data.source
+      one = judges.marker(proofs, grade, benchmark=benchmark, judge=name, prices=prices)
+      failed = asyncio.run(closing(run(config, missing, one, rows, len(proofs)), grade))
+    known = [row for row in rows.rows if row["sample"] in proofs]
+    found = judges.summarise(
+      known, len(proofs), label=config.label or name, prices=prices, seed=config.seed
+    )
+  report(root / judges.SUMMARY, found, judges.table(found), failed)
+
+
+async def finish(config, rows: results.Results, missing, outages, chat, summariser, grade):
+  """Grades what an outage left, runs what is missing -> lines about attempts that failed."""
+  prices, label = Prices(**config.prices), config.label or model_name(config)
+
+  async def work() -> list[str]:
+    if outages:
+      new, mended = await attempts.grade_again(
+        rows.rows, grade, prices, at_once=config.problems_at_once
+      )
+      rows.replace(new)
+      print(f"{label}: {mended} proofs have the grade that an outage had left out", flush=True)
+    if not missing:
+      return []
+    one = attempts.attempt(
+      scaffolds.prepare(config.scaffold),
+      chat,
+      grade,
+      seed=config.seed,
+      labels=Labels(
+        config.data.name or config.data.source,
+        config.scaffold.name,
+        label,
+        judge_name(config.judge),
+      ),
+      prices=prices,
+      summariser=summariser,
+    )
+    return await run(config, missing, one, rows, len(missing))
+
+  try:
+    return await closing(work(), chat, summariser, grade)
+  except ValueError as error:
+    if isinstance(error.__cause__, ChatError) and config.endpoint.model:
+      where = f"address in {config.endpoint.base_url_env}, key in {config.endpoint.api_key_env}"
+      raise ValueError(f"{error} ({where})") from error
+    raise
+
+
+async def closing(work, *opened):
+  """The result of `work`; then connections and caches are closed, where there are any."""
+  try:
+    return await work
+  finally:
+    for one in opened:
+      if hasattr(one, "close"):
+        await one.close()
+
+
+async def run(config, missing, one, rows: results.Results, total: int) -> list[str]:
+  """attempts.run into the file of rows, with a line at every tenth."""
+  every = max(1, total // 10)
+  done = total - len(missing)
+
+  def write(new: list[dict]) -> None:
+    nonlocal done
+    rows.append(new)
+    done += 1
+    if done % every == 0:
+      print(f"{config.label or model_name(config)}: {done} of {total} done", flush=True)
+
+  return await attempts.run(
+    missing,
+    one,
+    write,
+    at_once=config.problems_at_once,
+    failures_in_a_row=config.failures_in_a_row,
   )
-  for bad in report.bad:
-    print(f"skipped {bad}", flush=True)
-  return found[: block.problems]
 
 
-def open_chat(config):
+def check_judge(rows: list[dict], config, path: epath.Path) -> None:
+  """Raises ValueError when the rows that are there are another judge's."""
+  others = {row["judge"] for row in rows} - {judge_name(config.judge)}
+  if others:
+    raise ValueError(
+      f"{path} holds grades of {min(others)!r}, this config asks {judge_name(config.judge)!r}, and "
+      "grades of two judges do not mix: use another --workdir"
+    )
+
+
+def report(path: epath.Path, found: dict, table: str, failed: list[str]) -> None:
+  path.write_text(json.dumps({"rows": [found]}, indent=2) + "\n")
+  print(table, flush=True)
+  for line in failed[:3]:
+    print(f"failed: {line}", flush=True)
+  if failed:
+    print(f"{len(failed)} attempts failed; the same command asks for them again", flush=True)
+
+
+def model_name(config) -> str:
+  return config.endpoint.model or config.policy
+
+
+def open_chats(config, root: epath.Path):
+  """(the policy's chat, the summariser's or None)."""
+  chat, summariser = open_chat(config, root), None
+  if config.summariser:
+    asked = config.summariser, config.summariser_revision, "config.summariser"
+    summariser = journaled(config, root, load_chat(config, *asked), config.summariser)
+  return chat, summariser
+
+
+def journaled(config, root: epath.Path, chat, model: str):
+  """The chat with what it has answered on disk: a stopped attempt asks nothing twice."""
+  if not config.journal or "://" in str(root):
+    return chat
+  return Journal(chat, str(root / config.journal), model)
+
+
+def open_chat(config, root: epath.Path):
   """The policy as a chat: a server's, or an engine in this process."""
-  if config.endpoint.model:
-    base_url = os.environ.get(config.endpoint.base_url_env)
+  block = config.endpoint
+  if block.model:
+    base_url = os.environ.get(block.base_url_env)
     if not base_url:
-      raise ValueError(f"config.endpoint.model is set, but {config.endpoint.base_url_env} is not")
-    key = config.endpoint.api_key_env
+      raise ValueError(
+        f"config.endpoint.model is set, but {block.base_url_env} is not: export it with the "
+        "address, such as http://localhost:8000/v1"
+      )
+    local = block.cache and "://" not in str(root)
     return HttpChat(
-      Endpoint(base_url, config.endpoint.model, key_env=key if key in os.environ else ""),
-      concurrency=config.endpoint.concurrency,
-      timeout=config.endpoint.timeout_s,
-      deadline=config.endpoint.deadline_s,
-      attempts=config.endpoint.retries,
+      Endpoint(
+        base_url, block.model, key_env=block.api_key_env if block.api_key_env in os.environ else ""
+      ),
+      concurrency=block.concurrency,
+      timeout=block.timeout_s,
+      deadline=block.deadline_s,
+      attempts=block.retries,
+      cache=str(root / block.cache) if local else "",
     )
   if not config.policy:
     raise ValueError("config.policy is empty: name a workdir, a Hugging Face folder or a hub id")
-  revision, untrained = config.policy_revision, config.untrained
-  return load_chat(config, config.policy, revision, "config.policy", untrained)
+  chat = load_chat(config, config.policy, config.policy_revision, "config.policy", config.untrained)
+  return journaled(config, root, chat, config.policy)
 
 
 def load_chat(config, name: str, revision: str, field: str, untrained: bool = False):
@@ -108,118 +242,48 @@ def load_chat(config, name: str, revision: str, field: str, untrained: bool = Fa
   return EngineChat(engine, tokenizer, config.seed).chat
 
 
-async def run_block(config, block, chat, summariser, grade) -> list[dict]:
-  """Rows of some (problem, sample) pairs, one a turn."""
-
-  async def one(problem: Problem, sample: int) -> list[dict]:
-    solution = await solve(
-      problem,
-      chat,
-      turns=config.cache.turns,
-      reason_template=prompts.load(config.cache.prompt),
-      summarise_template=prompts.load(config.cache.summarise),
-      reason=sampling(config.rollout),
-      summarise_sampling=sampling(config.cache),
-      seed=turn_seed(config.seed, problem.id, sample),
-      summariser=summariser,
-    )
-    grades = await asyncio.gather(*(grade(problem, turn.proof) for turn in solution.turns))
-    return [row(problem, sample, turn, g) for turn, g in zip(solution.turns, grades, strict=True)]
-
-  return [r for rows in await asyncio.gather(*(one(p, s) for p, s in block)) for r in rows]
+def compare(words: list[str]) -> None:
+  """evaluate compare A B: a table of paired differences, and one line of JSON."""
+  parser = argparse.ArgumentParser(
+    prog="python -m qed_jax.evaluate compare", description=comparison.__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )  # fmt: skip
+  parser.add_argument("a", help="workdir of an evaluation, or its eval.jsonl")
+  parser.add_argument("b", help="the other one")
+  parser.add_argument("--turn", type=int, default=0, help="compare this turn; 0 is the last")
+  parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+  args = parser.parse_args(words)
+  found = comparison.compare(
+    results.load(args.a), results.load(args.b), turn=args.turn, seed=args.seed
+  )
+  print(comparison.table(found))
+  print(json.dumps(found))
 
 
-def row(problem: Problem, sample: int, turn, grade) -> dict:
-  """One graded turn, as eval.jsonl holds it."""
-  return {
-    "problem_id": problem.id,
-    "problem": problem.statement,
-    "rubric": problem.rubric,
-    "level": problem.level,
-    "sample": sample,
-    "turn": turn.index,
-    "summary": turn.summary_before,
-    "reasoning": split_proof(turn.completion.text)[0],
-    "proof": turn.proof,
-    "score": grade.score,
-    "reason": grade.reason,
-    "feedback": grade.feedback,
-    "finish_reason": turn.completion.finish_reason,
-    "tokens": turn.completion.usage.output_tokens,
-    "summary_tokens": turn.summary_completion.usage.output_tokens if turn.summary_completion else 0,
-  }
-
-
-def read_rows(path: epath.Path, turns: int) -> list[dict]:
-  """Rows of the runs that have all their turns. A line torn by a kill is left out, and the runs
-  without all turns are asked for again; of two rows for the same turn the later one counts."""
-  rows = {}
-  for line in path.read_text().splitlines() if path.exists() else ():
-    try:
-      found = json.loads(line)
-    except ValueError:
-      print(f"{path}: left out a torn line", flush=True)
-      continue
-    rows[found["problem_id"], found["sample"], found["turn"]] = found
-  complete = collections.Counter(key[:2] for key in rows)
-  return [row for key, row in rows.items() if complete[key[:2]] == turns]
-
-
-def append_rows(path: epath.Path, rows: list[dict]) -> None:
-  """Adds whole lines and waits until they are on disk."""
-  torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-  with path.open("a") as file:
-    file.write("\n" * torn + "".join(json.dumps(r) + "\n" for r in rows))
-    file.flush()
-    if hasattr(file, "fileno"):
-      os.fsync(file.fileno())
-
-
-def summarise_rows(config, rows: list[dict], wanted: int) -> dict:
-  """Mean scores (0..7) with intervals: the last turn's, by turn, and by level at first and last."""
-  turns = sorted({r["turn"] for r in rows})
-
-  def score(turn: int, level: str | None = None) -> dict:
-    by_problem = collections.defaultdict(list)
-    for r in rows:
-      if r["turn"] == turn and level in (None, r["level"]) and r["score"] is not None:
-        by_problem[r["problem_id"]].append(r["score"])
-    means = [sum(scores) / len(scores) for scores in by_problem.values()]
-    if not means:
-      return {"turn": turn, "score": None, "low": None, "high": None, "n": 0}
-    mean, low, high = intervals.bootstrap(means, config.seed)
-    return {"turn": turn, "score": mean, "low": low, "high": high, "n": len(means)}
-
-  levels = sorted({r["level"] for r in rows}, key=lambda x: (len(x), x))
-  last = turns[-1]
-  return {
-    "label": config.label or config.policy or config.endpoint.model,
-    "scaffold": "reasoning_cache",
-    "turns": last,
-    **{k: v for k, v in score(last).items() if k != "turn"},
-    "single_pass": score(1),
-    "by_turn": [score(t) for t in turns],
-    "by_length": [{"length": x, **score(last, x), "single_pass": score(1, x)} for x in levels],
-    "invalid": sum(r["score"] is None for r in rows),
-    "missing": wanted - len({(r["problem_id"], r["sample"]) for r in rows}),
-    "truncated": sum(r["finish_reason"] == "length" for r in rows) / max(len(rows), 1),
-    "tokens_per_turn": sum(r["tokens"] + r["summary_tokens"] for r in rows) / max(len(rows), 1),
-  }
-
-
-def table(summary: dict) -> str:
-  """The summary as text for the terminal."""
-  lines = [f"{summary['label']}: mean score of 7, 95 % interval, by turn"]
-  for entry in summary["by_turn"]:
-    if entry["score"] is None:
-      lines.append(f"  turn {entry['turn']}: no grade")
-    else:
-      lines.append(
-        f"  turn {entry['turn']}: {entry['score']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}]"
-      )
-  lines.append(f"  n={summary['n']} invalid={summary['invalid']} missing={summary['missing']}")
-  return "\n".join(lines)
+def export_rows(words: list[str]) -> None:
+  """evaluate export RUN OUT: the original's columns."""
+  parser = argparse.ArgumentParser(
+    prog="python -m qed_jax.evaluate export", description=export.__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )  # fmt: skip
+  parser.add_argument("run", help="workdir of an evaluation, or its eval.jsonl")
+  parser.add_argument("out", type=Path, help="JSONL file to write")
+  parser.add_argument("--sample", type=int, help="only this sample of each problem, from 0")
+  args = parser.parse_args(words)
+  found = export.columns(results.load(args.run), args.sample)
+  if not found:
+    raise ValueError(f"{args.run} has no sample {args.sample}")
+  args.out.parent.mkdir(parents=True, exist_ok=True)
+  args.out.write_text("".join(json.dumps(row) + "\n" for row in found))
+  print(json.dumps({"rows": len(found), "out": str(args.out)}))
 
 
 if __name__ == "__main__":
-  flags.run(main)
+  command = {"compare": compare, "export": export_rows}.get("".join(sys.argv[1:2]))
+  if command is None:
+    flags.run(main)
+  else:
+    try:
+      command(sys.argv[2:])
+    except (ValueError, OSError) as error:
+      flags.fail(error)

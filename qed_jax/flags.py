@@ -19,7 +19,14 @@ POSITIVE = {
   "max_tokens", "score_chunk", "every", "keep", "clip_norm", "eps", "max_length", "chunk",
   "page", "lanes", "prefill_rows", "prefill_tokens", "prefill_budget", "max_skipped_steps",
   "deadline_s", "concurrency", "samples_per_problem", "retries", "timeout_s", "problems_at_once",
+  "votes", "outage_after", "canary_window",
   "choices", "prompt_tokens", "body_bytes", "body_s", "step_s", "data", "sequence", "tensor",
+  "pool_size", "best", "refinements", "analyses", "population", "subset", "solutions", "max_kept",
+  "correct_count", "error_count", "max_iterations", "per_slot", "max_calls", "max_solutions",
+  "max_approaches",
+  "failures_in_a_row", "pass_score",
+  "ngram", "idle_s", "max_failures",
+  "alpha",
 }  # fmt: skip
 CHOICES = {
   "job": ("sft", "rl", "cache_rl"),
@@ -28,7 +35,8 @@ CHOICES = {
   "kv_dtype": ("", "int8", "bfloat16", "float32"),
   "param_dtype": ("bfloat16", "float32"),
   "mu_dtype": ("bfloat16", "float32"),
-  "remat": ("none", "dots", "layer"),
+  "second_moment": ("float32", "bfloat16", "factored"),
+  "remat": ("none", "dots", "attention", "layer", "offload"),
   "reward": ("rubric", "answer", "exact"),
   "policy_loss": ("ppo", "reinforce"),
   "baseline": ("mean", "leave_one_out"),
@@ -36,7 +44,13 @@ CHOICES = {
   "on_invalid": ("mask", "zero"),
   "order": ("admission", "arrival"),
   "placement": ("colocated", "split"),
+  "sampler": ("unmerged", "merged"),
   "api": ("chat", "responses"),
+  "aggregate": ("median", "mean", "min"),
+  "subsets_by": ("circulant", "random"),
+  "select": ("knockout", "random"),
+  "study": ("proofs", "judge"),
+  "format": ("parquet", "jsonl"),
 }  # fmt: skip
 SIGNED = {"fsdp"}
 

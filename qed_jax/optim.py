@@ -1,4 +1,4 @@
-"""AdamW with a schedule and clipping, and an update that a bad step cannot spoil."""
+"""AdamW with a schedule and clipping, moments in less memory, and updates that cannot be spoilt."""
 
 import math
 from collections.abc import Callable
@@ -29,14 +29,17 @@ def make_optimizer(
   clip_norm: float | None,
   decay_norms: bool,
   mu_dtype: str,
+  second_moment: str,
 ) -> Optimizer:
   """AdamW as torch.optim.AdamW computes it (decoupled decay), after clipping by global norm.
 
   schedule: "cosine" (to zero at total_steps) or "constant"; both after a linear warm-up whose first
   update already has peak_lr / warmup_steps, so that no update is spent at zero. weight_decay: of
   all parameters, the RMSNorm scales among them only if decay_norms. clip_norm: None clips nothing.
-  mu_dtype: dtype of the first moment. The second stays float32: in bfloat16 a decay by 0.999 rounds
-  to no decay at all. Raises ValueError that names the argument.
+  mu_dtype: dtype of the first moment. second_moment: "float32"; "bfloat16", rounded up or down at
+  random by how near each is, since to the nearest a decay by 0.999 is no decay at all; or
+  "factored", means over rows and columns alone (Adafactor, arXiv:1804.04235), with the first moment
+  taken of what they have scaled. Raises ValueError that names the argument.
   """
   at_least = {"warmup_steps": warmup_steps, "weight_decay": weight_decay, "eps": eps}
   above = {"peak_lr": peak_lr, "total_steps": total_steps}
@@ -51,6 +54,9 @@ def make_optimizer(
       raise ValueError(f"{name} must be in [0, 1), not {value}")
   if schedule not in ("cosine", "constant"):
     raise ValueError(f"schedule must be 'cosine' or 'constant', not {schedule!r}")
+  if second_moment not in SECOND_MOMENTS:
+    choices = ", ".join(SECOND_MOMENTS)
+    raise ValueError(f"second_moment must be one of {choices}, not {second_moment!r}")
   if warmup_steps >= total_steps:
     raise ValueError(f"warmup_steps must be below total_steps {total_steps}, not {warmup_steps}")
 
@@ -63,16 +69,84 @@ def make_optimizer(
       factor = 1.0
     return peak_lr * factor * jnp.minimum(1.0, (count + 1) / max(warmup_steps, 1))
 
-  adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.dtype(mu_dtype))
+  adam = SECOND_MOMENTS[second_moment](b1, b2, eps, jnp.dtype(mu_dtype))
   transform = optax.chain(
     optax.stateless(lambda updates, _: _widen(updates)),
     optax.clip_by_global_norm(clip_norm) if clip_norm is not None else optax.identity(),
     # optax gives the second moment the parameters' dtype; bfloat16 parameters get a float32 one.
-    optax.GradientTransformation(lambda params: adam.init(_widen(params)), adam.update),
+    optax.GradientTransformation(
+      lambda params: adam.init(_widen(params)),
+      lambda updates, state, params: adam.update(updates, state, _widen(params)),
+    ),
     optax.add_decayed_weights(weight_decay, lambda params: decay_mask(params, decay_norms)),
     optax.scale_by_learning_rate(learning_rate),
   )
   return Optimizer(transform, learning_rate)
+
+
+def whole_moments(b1: float, b2: float, eps: float, mu_dtype):
+  """Adam's scaling, the second moment in float32."""
+  return optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
+
+
+def rounded_moments(b1: float, b2: float, eps: float, mu_dtype):
+  """Adam's scaling, the second moment kept in bfloat16 by stochastic rounding.
+
+  What is rounded is right on average, so moving averages drift nowhere. The noise is that of the
+  number of the update and of the parameter: the same run rounds the same way.
+  """
+  adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
+
+  def init(params):
+    state = adam.init(params)
+    return state._replace(nu=jax.tree.map(lambda x: x.astype(jnp.bfloat16), state.nu))
+
+  def update(updates, state, params=None):
+    updates, new = adam.update(updates, state._replace(nu=_widen(state.nu)), params)
+    leaves, structure = jax.tree.flatten(new.nu)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), new.count), len(leaves))
+    rounded = [stochastic_bfloat16(x, key) for x, key in zip(leaves, keys, strict=True)]
+    return updates, new._replace(nu=jax.tree.unflatten(structure, rounded))
+
+  return optax.GradientTransformation(init, update)
+
+
+def factored_moments(b1: float, b2: float, eps: float, mu_dtype):
+  """optax's factored second moment with Adam's decay and bias correction, then a first moment.
+
+  Arrays with fewer than two dimensions of 128 keep a whole second moment.
+  """
+
+  def decay(count, _):
+    # The decay with which a plain average is Adam's, divided by 1 - b2^t.
+    t = jnp.asarray(count, jnp.float32) + 1
+    return b2 * (1 - b2 ** (t - 1)) / (1 - b2**t)
+
+  return optax.chain(
+    optax.scale_by_factored_rms(decay_rate_fn=decay, epsilon=eps**2),
+    optax.ema(b1, debias=True, accumulator_dtype=mu_dtype),
+  )
+
+
+SECOND_MOMENTS = {
+  "float32": whole_moments,
+  "bfloat16": rounded_moments,
+  "factored": factored_moments,
+}
+
+
+def stochastic_bfloat16(x, key):
+  """float32 -> bfloat16, up with the probability that makes the mean exact; nan and inf stay."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+  upper = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+  return jnp.where(jnp.isfinite(x), upper, x).astype(jnp.bfloat16)
+
+
+def moment_bytes(mu_dtype: str, second_moment: str) -> float:
+  """Bytes of a parameter's two moments; factored ones are too few to count."""
+  second = {"float32": 4, "bfloat16": 2, "factored": 0}
+  return jnp.dtype(mu_dtype).itemsize + second[second_moment]
 
 
 def decay_mask(params: Any, decay_norms: bool) -> Any:

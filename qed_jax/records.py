@@ -21,6 +21,7 @@ class Problem:
   solution: str = ""
   source: str = ""
   level: str = ""
+  category: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +60,16 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-  """score: 0..7, or None when the proof could not be graded (an outage is never a zero)."""
+  """score: 0..7, or None when the proof could not be graded (an outage is never a zero).
+
+  votes: the scores of several readings, where there were several.
+  """
 
   score: int | None
   reason: str = ""
   feedback: str = ""
   usage: Usage = Usage()
+  votes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +89,15 @@ class Call:
   """One model call of a scaffold.
 
   stage: what it was for ("reason", "verify", ...). depth: the length of the longest chain of calls
-  that had to end before this one could begin, plus one.
+  that had to end before this one could begin, plus one. error: why it failed, in one line; its
+  completion is then empty.
   """
 
   stage: str
   messages: tuple[dict[str, str], ...]
   completion: Completion
   depth: int
+  error: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,15 +1,20 @@
 """What OpenAI-compatible endpoints answer: read strictly, and kept on disk to be paid once."""
 
+import asyncio
 import collections
 import dataclasses
 import json
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 END_THINK = "</think>"
+# How a kept line ends; what follows the counts is short.
+_COUNTS = re.compile(
+  rb'"input_tokens": (\d+), "output_tokens": (\d+)[^"]*(?:"seconds"[^"]*)?\}\}\s*$'
+)
 
 
 class Malformed(ValueError):
@@ -18,13 +23,17 @@ class Malformed(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-  """finish_reason is "stop" or "length". Token counts are the server's, where it sends any."""
+  """finish_reason is "stop" or "length". Token counts are the server's, where it sends any.
+
+  seconds: how long it took, where whoever keeps it says so.
+  """
 
   reasoning: str
   content: str
   finish_reason: str
   input_tokens: int
   output_tokens: int
+  seconds: float = 0.0
 
 
 def read(body: bytes, api: str, asked: int) -> Reply:
@@ -49,6 +58,19 @@ def read(body: bytes, api: str, asked: int) -> Reply:
     for count, guess in zip(counts, guesses, strict=True)
   )
   return dataclasses.replace(reply, input_tokens=input_tokens, output_tokens=output_tokens)
+
+
+def error(body: bytes) -> tuple[str, str]:
+  """(what it says, its code) of the body that comes with an error status; a page is cut short."""
+  try:
+    payload = json.loads(body)
+  except (ValueError, RecursionError):
+    return body[:200].decode("utf-8", "replace"), ""
+  match payload:
+    case {"error": {**fields}} | {**fields}:
+      said = fields.get("message") or fields.get("detail") or fields.get("error") or ""
+      return str(said)[:1000], str(fields.get("code") or "")
+  return _excerpt(payload), ""
 
 
 def _read_chat(payload: Any) -> Reply:
@@ -121,6 +143,8 @@ class ReplyCache:
 
   Memory holds one offset a reply. A line torn by a kill is passed over, and its request is made
   again. Threads may share it; processes may share the file, without seeing each other's new lines.
+  `find` and `keep` are for coroutines: what several keep at once is one write and one fsync.
+  `spent_before`: tokens read and written of the replies that the file held when it was opened.
   """
 
   def __init__(self, path: str):
@@ -130,14 +154,19 @@ class ReplyCache:
     self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     self._lock = threading.Lock()
     self._spans: dict[str, tuple[int, int]] = {}
-    start = 0
+    self._waiting: list[tuple[str, Reply, asyncio.Future[None]]] = []
+    self._writer: asyncio.Task[None] | None = None
+    start, read, written = 0, 0, 0
     line = b"\n"
     with open(path, "rb") as lines:
       for line in lines:
         if match := re.match(rb'\{"key": "([0-9a-f]{64})"', line):
           self._spans[match[1].decode()] = (start, len(line))
+          if counts := _COUNTS.search(line[-140:]):
+            read, written = read + int(counts[1]), written + int(counts[2])
         start += len(line)
     self._torn = not line.endswith(b"\n")
+    self.spent_before = (read, written)
 
   def get(self, key: str) -> Reply | None:
     with self._lock:
@@ -150,18 +179,50 @@ class ReplyCache:
     except (ValueError, KeyError, TypeError):  # torn, or not written by us
       return None
 
+  async def find(self, key: str) -> Reply | None:
+    """`get`, with the disk read in a thread."""
+    return await asyncio.to_thread(self.get, key) if key in self._spans else None
+
+  async def keep(self, key: str, reply: Reply) -> None:
+    """`add`, in a thread, together with what others keep meanwhile."""
+    written = asyncio.get_running_loop().create_future()
+    self._waiting.append((key, reply, written))
+    if self._writer is None or self._writer.done():
+      self._writer = asyncio.create_task(self._write_waiting())
+    await written
+
+  async def _write_waiting(self) -> None:
+    while self._waiting:
+      batch, self._waiting = self._waiting, []
+      try:
+        await asyncio.to_thread(self._append, [item[:2] for item in batch])
+        fault = None
+      except OSError as error:
+        fault = error
+      for _, _, written in batch:
+        if not written.done():
+          written.set_result(None) if fault is None else written.set_exception(fault)
+
   def add(self, key: str, reply: Reply) -> None:
     """Raises OSError when the disk refuses: to go on would be to pay for what is then lost."""
-    record: Mapping[str, Any] = {"key": key, "reply": dataclasses.asdict(reply)}
-    line = json.dumps(record).encode() + b"\n"
+    self._append([(key, reply)])
+
+  def _append(self, items: Sequence[tuple[str, Reply]]) -> None:
+    lines = []
+    for key, reply in items:
+      record: Mapping[str, Any] = {"key": key, "reply": vars(reply)}
+      lines.append(json.dumps(record).encode() + b"\n")
+    data = b"".join(lines)
     with self._lock:
-      data = b"\n" + line if self._torn else line
+      data = b"\n" + data if self._torn else data
       self._torn = True
       if os.write(self._file, data) < len(data):
         raise OSError("the reply cache took only part of a line: is the disk full?")
       self._torn = False
       end = os.lseek(self._file, 0, os.SEEK_CUR)  # of this write, whoever else appends
-      self._spans[key] = (end - len(line), len(line))
+      for (key, _), line in zip(reversed(items), reversed(lines), strict=True):
+        end -= len(line)
+        self._spans[key] = (end, len(line))
     os.fsync(self._file)
 
   def close(self) -> None:

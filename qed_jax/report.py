@@ -1,398 +1,107 @@
-"""One HTML file that shows what a folder of runs did; it needs no network and runs no script.
+"""One HTML file that shows what runs did; it needs no network.
 
   python -m qed_jax.report --workdir=runs/demo
+  python -m qed_jax.report runs/eval_a runs/eval_b --out=ab.html
+  python -m qed_jax.report runs/eval_a --serve
 
-Reads, in the folder and below it, of every training run: metrics.jsonl, samples.jsonl, config.json,
-env.json; of every evaluation: eval.jsonl (a row for each problem and turn) and eval_summary.json:
+Reads, in the folders and below them, of every training run: metrics.jsonl, samples.jsonl,
+config.json, env.json; of every evaluation: eval.jsonl (a row for each graded proof), and
+eval_summary.json:
 {"rows": [{label, scaffold, turns, n, score, low, high, invalid, missing, truncated,
 tokens_per_turn, by_turn: [{turn, score, low, high}], by_length: [{length, score, low, high,
 single_pass}]}]}. What is not there is named in the report. Writes report.html and
-score_by_turn.png; the same input gives the same bytes.
+score_by_turn.png; the same input gives the same bytes. With --serve nothing is written: the page is
+at an address of this machine, and shows the longest texts whole.
 
-All text in those files is a model's or a stranger's: it is escaped, and the page's policy admits no
-script, no link out and no style but its own.
+All text in those files is a model's or a stranger's: it is escaped, or packed for the page's own
+script, which makes text of it; and the page's policy admits no other script, no link out and no
+style but its own. Tables and pictures are there without scripts.
 """
 
 import argparse
-import base64
-import dataclasses
-import functools
-import hashlib
 import io
-import json
-import math
-import os
-import re
 import sys
 import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
-from qed_jax import figures
+from qed_jax.reporting import (
+  attempts,
+  examples,
+  figures,
+  page,
+  reading,
+  results,
+  scores,
+  site,
+  training,
+  viewer,
+)
 
-STAGES = ("untrained", "sft", "rl", "cache_rl")
-PRUNED = {"checkpoints", "tb", "__pycache__"}
-LONGEST_TEXT = 6_000  # characters of one text that the page shows
-LONGEST_FILE = 20_000  # last rows of a JSONL file of texts
-MOST_COLUMNS = 8
-NARROW_LINE = 26  # characters; columns of such lines may be narrow
-UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-  """A training run: its curves by metric name, its sampled rollouts, and what was not there."""
-
-  name: str
-  curves: dict[str, figures.Curve]
-  samples: list[dict]
-  config: dict
-  env: dict
-  notes: list[str]
+LONGEST_TEXT = 40_000  # characters of one text in the file's viewer
 
 
-# --- reading
+def render(roots: Sequence[Path], longest: int | None) -> tuple[str, Figure | None, list]:
+  """The page, the figure of scores (None where nothing was evaluated), and where the texts are.
 
-
-def find(workdir: Path, name: str) -> list[Path]:
-  """The files of this name in workdir and below, stages in the order of training."""
-  found = []
-  for folder, folders, files in os.walk(workdir):
-    folders[:] = [f for f in folders if f not in PRUNED]
-    if name in files:
-      found.append(Path(folder) / name)
-
-  def order(path: Path):
-    place = path.parent.relative_to(workdir).parts
-    return [(STAGES.index(p) if p in STAGES else len(STAGES), p) for p in place]
-
-  return sorted(found, key=order)
-
-
-def clip(text: str) -> str:
-  """The text, without the middle of a very long one."""
-  if len(text) <= LONGEST_TEXT:
-    return text
-  tail = LONGEST_TEXT // 3
-  left_out = f"\n[... {len(text) - LONGEST_TEXT:,} characters left out ...]\n"
-  return text[: LONGEST_TEXT - tail] + left_out + text[-tail:]
-
-
-def clean(value: object) -> str:
-  """Anything as text that can be shown: clipped, and control characters marked."""
-  text = value if isinstance(value, str) else "" if value is None else dump(value)
-  return UNSEEN.sub("\ufffd", clip(text.replace("\r\n", "\n")))
-
-
-def dump(value: object) -> str:
-  return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
-
-
-def read_lines(path: Path, notes: list[str], keep: int | None = None) -> list[dict]:
-  """Rows of a JSONL file, the last `keep` of them; a line that is no object is counted in notes."""
-  rows, bad = deque(maxlen=keep), 0
-  try:
-    with path.open(encoding="utf-8", errors="replace") as lines:
-      for line in lines:
-        try:
-          row = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError):
-          row = "broken"
-        if isinstance(row, dict):
-          rows.append({k: clip(v) if isinstance(v, str) else v for k, v in row.items()})
-        elif row is not None:
-          bad += 1
-  except FileNotFoundError:
-    notes.append(f"{path.name} is not there.")
-  if bad:
-    notes.append(f"{path.name}: {bad} unreadable line{'s' * (bad > 1)} left out.")
-  return list(rows)
-
-
-def read_object(path: Path, notes: list[str]) -> dict:
-  try:
-    value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-  except FileNotFoundError:
-    notes.append(f"{path.name} is not there.")
-    return {}
-  except (ValueError, RecursionError):
-    value = None
-  if not isinstance(value, dict):
-    notes.append(f"{path.name} is not a JSON object.")
-    return {}
-  return value
-
-
-def number(value: object) -> float | None:
-  """A finite float, or None for everything else."""
-  if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
-    return None
-  return float(value) if math.isfinite(value) else None
-
-
-def curves(rows: Iterable[dict], notes: list[str]) -> dict[str, figures.Curve]:
-  """{metric: (steps, values)}; of a step that was logged twice, as after a resume, the later."""
-  at: dict[str, dict[float, float]] = {}
-  lost: Counter[str] = Counter()
-  for row in rows:
-    step = number(row.get("step"))
-    if isinstance(row.get("not_finite"), dict):
-      lost.update(clean(name) for name in row["not_finite"])
-    for name, value in row.items() if step is not None else ():
-      if name in ("step", "time") or isinstance(value, bool) or not isinstance(value, int | float):
-        continue
-      name = clean(name)
-      if (finite := number(value)) is None:
-        lost[name] += 1
-      else:
-        at.setdefault(name, {})[step] = finite
-  notes += [f"{name}: {count} value(s) not finite, left out." for name, count in lost.items()]
-  return {n: (sorted(v), [v[step] for step in sorted(v)]) for n, v in at.items()}
-
-
-def read_stage(workdir: Path, metrics: Path) -> Stage:
+  longest: characters of a text that the page holds; None for a page whose texts are served.
+  """
   notes: list[str] = []
-  folder = metrics.parent
-  return Stage(
-    name=clean("/".join(folder.relative_to(workdir).parts) or folder.resolve().name),
-    curves=curves(read_lines(metrics, notes), notes),
-    samples=read_lines(folder / "samples.jsonl", notes, LONGEST_FILE),
-    config=read_object(folder / "config.json", notes),
-    env=read_object(folder / "env.json", notes),
+  stages = [training.read(*found) for found in reading.find(roots, "metrics.jsonl")]
+  if not stages:
+    notes.append("metrics.jsonl is not there: nothing here was trained.")
+  rows = results.read(roots, notes)
+  library = attempts.read(roots, notes)
+  evaluated = [run for run in library.runs if not run.training]
+  benchmarks = [row for run in evaluated for row in scores.by_benchmark(run, library)]
+  if rows and not any(row["benchmark"] for row in benchmarks):
+    benchmarks = []  # the summaries say the same
+  benchmarks.sort(key=lambda row: row["benchmark"])
+  scored = [row for row in benchmarks if "score" in row]
+  curves = {run.label: scores.by_turn(run) for run in evaluated}
+  curves = {run: points for run, points in curves.items() if any(p["tokens"] for p in points)}
+  judges = [judge for run in evaluated if (judge := scores.calibration(run))]
+  drawn = {
+    "scores": figures.scores(rows) if rows else None,
+    "length": figures.scores_by_length(rows) if any(r["by_length"] for r in rows) else None,
+    "tokens": figures.by_tokens(curves) if curves else None,
+    "benchmark": figures.by_benchmark(scored) if scored else None,
+    "judge": figures.calibration(judges) if judges else None,
+  }
+  text = page.render(
+    viewer.packed(library, longest) if library.runs else None,
+    served=longest is None,
+    title=reading.clean(", ".join(root.resolve().name for root in roots)),
     notes=notes,
+    results=rows,
+    parts=[p for p in ("benchmark", *attempts.PARTS) if any(row[p] for row in rows)],
+    benchmarks=benchmarks,
+    pairs=scores.pairs(library.runs, notes),
+    judges=judges,
+    pictures={name: figure and figures.picture(figure) for name, figure in drawn.items()},
+    stages=[stage_view(stage, library) for stage in stages],
+    groups=examples.of(library),
+    config=training.compare([stage.config for stage in stages]),
+    env=training.compare([stage.env for stage in stages]),
   )
+  return text, drawn["scores"], viewer.sources(library)
 
 
-def read_results(workdir: Path, notes: list[str]) -> list[dict]:
-  """The rows of every eval_summary.json, with text and numbers where text and numbers belong."""
-  results = []
-  paths = find(workdir, "eval_summary.json")
-  for path in paths:
-    rows = read_object(path, notes).get("rows")
-    for row in rows if isinstance(rows, list) else [None]:
-      if not isinstance(row, dict) or not interval(row):
-        notes.append(f"{clean(path.parent.name)}/{path.name}: a row without a score left out.")
-        continue
-      by_turn = points(row.get("by_turn"), "turn")
-      columns = ("turns", "n", "invalid", "missing", "truncated", "tokens_per_turn")
-      results.append({
-        "label": clean(row.get("label")) or clean(path.parent.name),
-        "scaffold": clean(row.get("scaffold")),
-        **{k: number(row.get(k)) for k in columns},
-        **interval(row),
-        "by_turn": by_turn or [{**interval(row), "turn": number(row.get("turns")) or 1.0}],
-        "by_length": points(row.get("by_length"), "length"),
-      })  # fmt: skip
-  if not paths:
-    notes.append("eval_summary.json is not there: nothing in this folder was evaluated.")
-  return results
-
-
-def interval(row: object) -> dict:
-  """score, low and high, or {} without a score; without an interval all three are the score."""
-  if not isinstance(row, dict) or (score := number(row.get("score"))) is None:
-    return {}
-  ends = {end: number(row.get(end)) for end in ("low", "high")}
-  return {"score": score, **{k: score if v is None else v for k, v in ends.items()}}
-
-
-def points(rows: object, at: str) -> list[dict]:
-  """Rows with a score, in their order; a turn is a number, a length the name of a group."""
-  points = []
-  for row in rows if isinstance(rows, list) else ():
-    if interval(row) and (at != "turn" or number(row.get(at)) is not None):
-      place = number(row[at]) if at == "turn" else clean(row.get(at))
-      points.append({at: place, **interval(row), "single_pass": interval(row.get("single_pass"))})
-  return points
-
-
-# --- tables and examples
-
-
-def flatten(value: dict, prefix: str = "") -> dict[str, str]:
-  flat = {}
-  for key, entry in value.items():
-    if isinstance(entry, dict) and entry:
-      flat |= flatten(entry, f"{prefix}{key}.")
-    else:
-      flat[clean(f"{prefix}{key}")] = clean(entry)
-  return flat
-
-
-def compare(columns: Sequence[dict]) -> list[dict]:
-  """Rows (field, a value for each column, whether they differ) over the union of the fields."""
-  flat = [flatten(c) for c in columns]
-  names = sorted({name for f in flat for name in f})
-  rows = [(name, [f.get(name, "") for f in flat]) for name in names]
-  return [{"name": n, "values": v, "differs": len(set(v)) > 1} for n, v in rows]
-
-
-def badge(row: dict) -> dict:
-  """A grade as shown: "6 of 7" and the name of its colour; no score is no zero."""
-  score = number(row.get("score"))
-  if score is None:
-    return {"text": "not graded", "kind": "none"}
-  kind = "low" if score < 2.5 else "middle" if score < 5.5 else "high"
-  return {"text": f"{score:g} of 7" if 0 <= score <= 7 else f"{score:g}", "kind": kind}
-
-
-def example(title: str, rows: list[dict]) -> dict:
-  """A problem and its turns, a column each; a row of the table that is empty drops out."""
-  problem = rows[0].get("problem")
-  inner = problem if isinstance(problem, dict) else {}
-  statement = (
-    inner.get("statement", problem) or rows[0].get("statement") or rows[0].get("problem_id")
-  )
-  prompt = rows[0].get("messages")
-  messages = [m for m in prompt if isinstance(m, dict)] if isinstance(prompt, list) else []
-  kinds = {
-    "Summary so far": lambda r: r.get("summary_before", r.get("summary")),
-    "Reasoning": lambda r: r.get("reasoning"),
-    "Proof": lambda r: r.get("proof"),
-    "Summary written": lambda r: r.get("summary_after"),
-    "Grader's words": lambda r: r.get("feedback") or r.get("reason"),
-  }
-  columns = rows[:MOST_COLUMNS]
-  cells = {kind: [clean(of(r)) for r in columns] for kind, of in kinds.items()}
-  longest = max(len(line) for texts in cells.values() for t in texts for line in t.split("\n"))
-  return {
-    "title": title,
-    "statement": clean(statement),
-    "short": figures.short(clean(statement), 70),
-    "rubric": clean(inner.get("rubric") or rows[0].get("rubric")),
-    "messages": [(clean(m.get("role")), clean(m.get("content"))) for m in messages],
-    "columns": [
-      {
-        "title": f"Turn {clean(r.get('turn'))}" if r.get("turn") is not None else "Answer",
-        "cut": r.get("finish_reason") == "length",
-        "badge": badge(r),
-      }
-      for r in columns
-    ],
-    "narrow": longest < NARROW_LINE,
-    "left_out": len(rows) - len(columns),
-    "cells": [(kind, texts) for kind, texts in cells.items() if any(texts)],
-  }
-
-
-def examples(rows: list[dict], group: Callable[[dict], object]) -> list[dict]:
-  """Three problems, picked by rule: the best last grade (of equals, the largest gain), the median
-  and the worst."""
-  grouped: dict[str, list[dict]] = {}
-  for row in rows:
-    grouped.setdefault(dump(group(row)), []).append(row)
-  for members in grouped.values():
-    members.sort(key=lambda r: number(r.get("turn")) or 0)
-
-  def merit(members: list[dict]):
-    scores = [number(r.get("score")) for r in members]
-    first, last = (-1.0 if s is None else s for s in (scores[0], scores[-1]))
-    return last, last - first
-
-  ranked = sorted(grouped.values(), key=merit, reverse=True)
-  picks = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
-  chosen = {place: name for name, place in reversed(picks.items()) if ranked}
-  return [example(chosen[place], ranked[place]) for place in sorted(chosen)]
-
-
-def problem_of(row: dict) -> object:
-  return [row.get(k) for k in ("problem_id", "problem", "sample", "attempt")]
-
-
-def sample_examples(stage: Stage) -> tuple[str, list[dict]]:
-  """The kept rollouts of the last step that has any."""
-  steps = [number(r.get("step")) for r in stage.samples]
-  last = max((s for s in steps if s is not None), default=None)
-  rows = [r for r, s in zip(stage.samples, steps, strict=True) if s == last]
-  title = f"{stage.name}, training" + (f", step {last:g}" if last is not None else "")
-  return title, examples(rows, problem_of)
-
-
-def eval_examples(workdir: Path, notes: list[str]) -> list[tuple[str, list[dict]]]:
-  """Of every eval.jsonl, under the label of the eval_summary.json beside it."""
-  groups = []
-  for path in find(workdir, "eval.jsonl"):
-    rows = read_object(path.with_name("eval_summary.json"), []).get("rows")
-    labels = [r.get("label") for r in rows if isinstance(r, dict)] if isinstance(rows, list) else []
-    label = clean(labels[0]) if len(labels) == 1 else clean(path.parent.name)
-    found = examples(read_lines(path, notes, LONGEST_FILE), problem_of)
-    groups.append((f"{label}, evaluation", found))
-  if not groups:
-    notes.append("eval.jsonl is not there: no examples of evaluated proofs.")
-  return groups
-
-
-# --- the page
-
-
-def digest(text: str) -> str:
-  """The source expression by which a content security policy admits this very style sheet."""
-  return "sha256-" + base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode()
-
-
-def last_of(stage: Stage, *names: str) -> str:
-  return next((f"{stage.curves[n][1][-1]:.4g}" for n in names if n in stage.curves), "")
-
-
-def stage_view(stage: Stage) -> dict:
+def stage_view(stage: training.Stage, library: attempts.Library) -> dict:
   """What the page shows of a training run."""
+  kept = [run for run in library.runs if run.label == f"{stage.name}, training"]
   return {
     "name": stage.name,
     "notes": stage.notes,
     "panels": figures.panels(stage.curves),
     "steps": f"{max((steps[-1] for steps, _ in stage.curves.values()), default=0):g}",
-    "loss": last_of(stage, "loss", "loss/mean"),
-    "reward": last_of(stage, "reward/mean", "reward"),
-    "samples": len(stage.samples),
+    "loss": training.last_of(stage, "loss", "loss/mean"),
+    "reward": training.last_of(stage, "reward/mean", "reward"),
+    "samples": sum(len(rows) for run in kept for rows in run.attempts.values()),
   }
-
-
-@functools.cache
-def template() -> jinja2.Template:
-  env = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  env.filters["digest"] = digest
-  return env.get_template("report.html.jinja")
-
-
-def page(**parts) -> str:
-  """The page of these parts; what is not given is empty."""
-  empty = dict.fromkeys(("notes", "results", "stages", "groups", "config", "env"), ())
-  return template().render(empty | parts)
-
-
-def render(workdir: Path) -> tuple[str, Figure | None]:
-  """The page, and the figure of scores (None where nothing was evaluated)."""
-  notes: list[str] = []
-  stages = [read_stage(workdir, path) for path in find(workdir, "metrics.jsonl")]
-  if not stages:
-    notes.append("metrics.jsonl is not there: nothing in this folder was trained.")
-  results = read_results(workdir, notes)
-  groups = eval_examples(workdir, notes) + [sample_examples(s) for s in stages]
-  figure = figures.scores(results) if results else None
-  by_length = figures.scores_by_length(results) if any(r["by_length"] for r in results) else None
-  text = page(
-    title=clean(workdir.resolve().name),
-    notes=notes,
-    results=results,
-    score_picture=figure and figures.picture(figure),
-    length_picture=by_length and figures.picture(by_length),
-    stages=[stage_view(s) for s in stages],
-    groups=[(title, shown) for title, shown in groups if shown],
-    config=compare([s.config for s in stages]),
-    env=compare([s.env for s in stages]),
-  )
-  return text, figure
 
 
 def write(path: Path, data: bytes) -> None:
@@ -402,25 +111,64 @@ def write(path: Path, data: bytes) -> None:
   part.replace(path)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(prog="qed_jax.report", description=__doc__.splitlines()[0])
-  parser.add_argument("--workdir", type=Path, required=True, help="the folder that holds the runs")
-  parser.add_argument("--out", type=Path, help="where the page goes; WORKDIR/report.html")
+  add = parser.add_argument
+  add("runs", type=Path, nargs="*", help="folders that hold runs")
+  add("--workdir", type=Path, help="the same as one RUN")
+  add("--out", type=Path, help="the page's file: RUN/report.html; of several runs report.html here")
+  add("--longest", type=int, help="characters of one text; longer ones lose their middle")
+  add("--serve", action="store_true", help="write nothing; the page, all texts whole, at 127.0.0.1")
+  add("--port", type=int, default=0, help="of --serve; 0 takes a free one")
+  parser.set_defaults(longest=LONGEST_TEXT)
   args = parser.parse_args(argv)
-  if not args.workdir.is_dir():
-    sys.exit(f"--workdir={args.workdir} is not a local folder: name one that holds runs")
-  out = args.out or args.workdir / "report.html"
+  args.runs += [args.workdir] if args.workdir else []
+  if not args.runs:
+    sys.exit("nothing to report on: name folders that hold runs, or one with --workdir")
+  for root in args.runs:
+    if not root.is_dir():
+      sys.exit(f"{root} is not a local folder: name one that holds runs")
+  if args.longest < 1:
+    sys.exit(f"--longest={args.longest} leaves no text: use 1 or more")
+  if args.serve and args.out:
+    sys.exit(f"--out={args.out} with --serve: a served page is not written, drop one of them")
+  return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  args = arguments(argv)
+  [first, *others] = args.runs
+  out = args.out or (Path("report.html") if others else first / "report.html")
   with matplotlib.rc_context(figures.STYLE), warnings.catch_warnings():
     # A label in a script that matplotlib's font lacks is drawn as boxes; the tables have it right.
     warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-    text, figure = render(args.workdir)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if figure:
+    text, figure, sources = render(args.runs, None if args.serve else args.longest)
+    if figure and not args.serve:
+      out.parent.mkdir(parents=True, exist_ok=True)
       png = io.BytesIO()
       figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
       write(out.with_name("score_by_turn.png"), png.getvalue())
-  write(out, text.encode("utf-8", errors="replace"))
+  data = text.encode("utf-8", errors="replace")
+  if args.serve:
+    serve(data, sources, args.port)
+    return
+  out.parent.mkdir(parents=True, exist_ok=True)
+  write(out, data)
   print(out)
+
+
+def serve(data: bytes, sources: list, port: int) -> None:
+  """Shows the page until it is interrupted."""
+  try:
+    server = site.make(data, page.policy(live=bool(sources), served=True), sources, port)
+  except (OSError, OverflowError) as error:
+    sys.exit(f"--port={port} cannot be listened at ({error}): use another, or 0 for a free one")
+  print(f"http://{site.HOST}:{server.server_address[1]}/ (Ctrl-C ends it)", flush=True)
+  with server:
+    try:
+      server.serve_forever()
+    except KeyboardInterrupt:
+      print()
 
 
 if __name__ == "__main__":

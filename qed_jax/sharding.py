@@ -6,6 +6,7 @@ One alphabet serves einsum subscripts, array name suffixes and sharding:
   T tokens, query side       F MLP hidden width       C chunk of T in the scored loss
   S tokens, key side         V vocabulary             P problems (groups)
   N query heads  K key/value heads  G = N / K  H head dimension  A attempts per group
+  R rank of an adapter
 
 An array of letters "BTNH" is laid out by looking each letter up in a table. A mesh axis is used
 once an array: heads, MLP and vocabulary claim `tensor` before T does, so T is sharded over it
@@ -59,14 +60,18 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices=None, *, sequence: int 
     )
   slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"}) or 1
   if slices == 1:
-    return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    # jax.make_mesh refuses an axis of 4 on the 8 x 8 chips of a v6e; on a v5e it splits like this.
+    ordered = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * len(AXES))
   if data % slices:
     raise ValueError(
       f"config.mesh.data is {data} and this run has {slices} slices: only data crosses slices, so "
       f"give a multiple of {slices}"
     )
   inside = (data // slices, fsdp, sequence, tensor)
-  ordered = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1, 1), devices)
+  ordered = mesh_utils.create_hybrid_device_mesh(
+    inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+  )
   return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

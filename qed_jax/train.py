@@ -15,20 +15,18 @@ import jax.numpy as jnp
 from etils import epath
 
 from qed_jax import flags, hosts, optim, sharding, workdir
+from qed_jax.chat import Unavailable
 from qed_jax.checkpoint import Checkpoints
 from qed_jax.data import packing
-from qed_jax.model import flops, qwen3
+from qed_jax.evaluation.held_out import HeldOut
+from qed_jax.model import flops, lora, qwen3
 from qed_jax.objectives import merge, policy_gradient, sft
 from qed_jax.rollout import jobs, policy
 from qed_jax.rollout.step_log import Step, StepLog
 from qed_jax.tracing import Trace
 
-RESUMABLE = (
-  "log",
-  "checkpoint",
-  "judge",
-  "profile",
-)  # fields that may change between two runs of a workdir
+# Fields that may change between two runs of a workdir.
+RESUMABLE = ("log", "checkpoint", "judge", "profile", "eval")
 
 
 def main(config, folder: str) -> None:
@@ -39,22 +37,29 @@ def main(config, folder: str) -> None:
   workdir.check_same_config(root, config.to_dict(), ignore=RESUMABLE)
   jobs.check_shares(config)
   trace = Trace(root / "profile", config.profile.steps)
+  adapter = lora.from_config(config.lora)
   policy.check_memory(config)
   mesh, sampling_mesh = jobs.meshes(config)
   start = policy.locate(config.init, config.init_revision)
   model = policy.sizes(start, config.model)
+  policy.check_adapter(adapter, start, model)
   examples = jobs.data(config)
   tokenizer = jobs.tokenizer(config, start, root)
   policy.check_vocabulary(model, tokenizer)
 
   # --- Optimizer and state ---------------------------------------------------------------------
   optimizer = optim.make_optimizer(**optimizer_arguments(config))
-  abstract = abstract_state(model, optimizer, mesh, config.model.param_dtype)
+  abstract = abstract_state(model, optimizer, mesh, config.model.param_dtype, adapter)
   checkpoints = Checkpoints(root / "checkpoints", keep=config.checkpoint.keep)
   restored = checkpoints.restore_latest(abstract)
+  frozen = {}
+  if adapter is not None:
+    frozen, base = policy.load_frozen(adapter, start, model, mesh, config.seed)
+    policy.save_adapter(root / policy.DESCRIPTION, adapter, base)
+    print(f"training {lora.describe(adapter, model)}; {base.name} stays as it is", flush=True)
   if restored is None:
     first, host_state = 0, None
-    params = policy.load_params(start, model, abstract["params"], config.seed)
+    params = policy.load_trained(adapter, start, model, abstract["params"], config.seed)
     opt_state = jax.jit(optimizer.transform.init, out_shardings=layout(abstract["opt_state"]))(
       params
     )
@@ -69,34 +74,46 @@ def main(config, folder: str) -> None:
 
   # --- The stream of batches, and what to do with one -----------------------------------------
   stopped = hosts.stopping(on_sigterm())
+  whole = abstract["params"]
+  if adapter is not None:
+    whole = policy.abstract_params(model, mesh, model.dtype)
   stream = jobs.stream(
-    config, model, sampling_mesh, tokenizer, examples, start, abstract["params"], root, stopped
+    config, model, sampling_mesh, tokenizer, examples, start, whole, root, stopped
   )
   if host_state is not None:
     stream.restore(host_state["stream"])
   update = jax.jit(
-    make_update(config, model, optimizer),
+    make_update(config, model, optimizer, adapter),
     donate_argnums=0,
     out_shardings=(layout(abstract), None),
   )
 
-  add_reference = reference_scorer(config, model, mesh, start, abstract["params"])
+  add_reference = reference_scorer(config, model, mesh, start, abstract["params"], adapter, frozen)
   balance = functools.partial(
     packing.balanced,
     shards=max(1, sharding.rows_divisor(mesh) // hosts.count()),
     rows_at_once=config.batch.microbatch_rows // hosts.count(),
     overhead=flops.keys_per_token(model),
   )
+  for_sampler = sampler_view(config, adapter, frozen)
 
   # --- The loop ------------------------------------------------------------------------------
   log = StepLog(root, config, model, first, stream.lag)
-  step = first
+  held_out = HeldOut(config, model, mesh, tokenizer, root, first, stopped)
+  step, fault = first, None
   for step in range(first, config.steps):
+    if held_out.due(step) and not held_out.evaluate(step, for_sampler(state["params"]), log):
+      break
     if trace.before(step):
       log.settle()
       trace.stop()
     began = time.perf_counter()
-    produced = stream.next(state["params"], step)
+    try:
+      produced = stream.next(for_sampler(state["params"]), step)
+    except Unavailable as error:  # a judge that somebody has to mend: keep what was reached
+      if hosts.count() > 1:
+        raise  # the others cannot save a step with a host that ends here
+      produced, fault = None, error
     if produced is None:
       break
     batch, info, rollouts = produced
@@ -105,7 +122,7 @@ def main(config, folder: str) -> None:
     placed = sharding.put(mesh, balance(batch), "BT")
     on_device = add_reference(sharding.in_turns(mesh, placed, config.batch.microbatch_rows))
     with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
-      state, measured = update(state, on_device)
+      state, measured = update(state, on_device, frozen)
     log.add(Step(step, batch, info, rollouts, measured, dispatched))
     checkpoints.check()
     if (step + 1) % config.checkpoint.every == 0:
@@ -113,6 +130,7 @@ def main(config, folder: str) -> None:
       checkpoints.save(step + 1, state, {"stream": stream.state()})
   else:
     step = config.steps
+    held_out.evaluate(step, state["params"], log)
 
   # --- The end, or SIGTERM ---------------------------------------------------------------------
   log.settle()
@@ -123,15 +141,22 @@ def main(config, folder: str) -> None:
   checkpoints.close()
   stream.close()
   log.close()
+  held_out.close()
+  if fault is not None:
+    raise fault
   print(f"{'stopped' if step < config.steps else 'finished'} at step {step}: {root}", flush=True)
 
 
-def make_update(config, model, optimizer):
-  """(state, batch) -> (state, summed metrics): gradients over microbatches, one optimizer step."""
+def make_update(config, model, optimizer, adapter=None):
+  """(state, batch, frozen) -> (state, summed metrics): gradients over microbatches, one step.
+
+  adapter: what is trained of `frozen`, the parameters that stay; None trains all, of nothing.
+  """
   objective = dict(config.objective) if config.job != "sft" else {}
   temperature = config.rollout.temperature if config.job != "sft" else 1.0
 
-  def loss(params, batch):
+  def loss(trained, batch, frozen):
+    params = lora.whole(adapter, frozen, trained)
     logp_BT, entropy_BT = qwen3.score(model, params, batch, temperature, config.model.score_chunk)
     if config.job == "sft":
       return sft.loss(logp_BT, entropy_BT, batch)
@@ -140,28 +165,28 @@ def make_update(config, model, optimizer):
       logp_BT, entropy_BT, batch, **{name: objective[name] for name in names}
     )
 
-  def gradients(params, batch):
+  def gradients(params, batch, frozen):
     rows = batch.tokens_BT.shape[0]
     at_once = config.batch.microbatch_rows or rows
     if at_once >= rows:
-      (_, measured), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+      (_, measured), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, frozen)
       return grads, measured
     parts = jax.tree.map(lambda x: x.reshape(rows // at_once, at_once, *x.shape[1:]), batch)
 
     def one(total, part):
       part = jax.tree.map(lambda x: sharding.constrain(x, "BT"), part)
-      (_, measured), grads = jax.value_and_grad(loss, has_aux=True)(params, part)
+      (_, measured), grads = jax.value_and_grad(loss, has_aux=True)(params, part, frozen)
       summed = jax.tree.map(jnp.add, total[0], grads)
       return (summed, merge(total[1], measured)), None
 
     zeros = jax.tree.map(jnp.zeros_like, params)
-    shape = jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], parts))[1]
+    shape = jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], parts), frozen)[1]
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
     (grads, measured), _ = jax.lax.scan(one, (zeros, nothing), parts)
     return grads, measured
 
-  def update(state, batch):
-    grads, measured = gradients(state["params"], batch)
+  def update(state, batch, frozen=None):
+    grads, measured = gradients(state["params"], batch, frozen)
     with jax.named_scope("optimizer"):
       params, opt_state, applied = optim.apply_updates(
         optimizer, state["params"], state["opt_state"], grads, measured["loss"]
@@ -171,7 +196,19 @@ def make_update(config, model, optimizer):
   return update
 
 
-def reference_scorer(config, model, mesh, start, abstract):
+def sampler_view(config, adapter, frozen):
+  """What is trained -> the parameters to sample from.
+
+  An adapter stays apart: that needs no second copy of the weights, and bfloat16 weights would lose
+  changes smaller than their spacing. Merged, each linear layer is one product instead of three.
+  """
+  if adapter is None or config.lora.sampler == "unmerged":
+    return lambda trained: lora.whole(adapter, frozen, trained)
+  merge = jax.jit(lora.merge, static_argnums=1)
+  return lambda trained: merge(lora.whole(adapter, frozen, trained), config.model.dtype)
+
+
+def reference_scorer(config, model, mesh, start, abstract, adapter, frozen):
   """Batch -> Batch with log-probs of the policy that the run began from, where KL asks for them.
 
   The reference is kept in the compute dtype.
@@ -181,7 +218,8 @@ def reference_scorer(config, model, mesh, start, abstract):
   compute = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, config.model.dtype, sharding=x.sharding), abstract
   )
-  reference = policy.load_params(start, model, compute, config.seed)
+  first = policy.load_trained(adapter, start, model, compute, config.seed)
+  reference = lora.whole(adapter, frozen, first)
   temperature, chunk = config.rollout.temperature, config.model.score_chunk
   score = jax.jit(lambda params, batch: qwen3.score(model, params, batch, temperature, chunk)[0])
 
@@ -198,9 +236,9 @@ def optimizer_arguments(config) -> dict:
   return {"peak_lr": fields.pop("lr"), "total_steps": config.steps, **fields}
 
 
-def abstract_state(model, optimizer, mesh, param_dtype: str) -> dict:
+def abstract_state(model, optimizer, mesh, param_dtype: str, adapter=None) -> dict:
   """Shapes, dtypes and shardings of everything that is trained; nothing is allocated."""
-  params = policy.abstract_params(model, mesh, param_dtype)
+  params = policy.abstract_trained(adapter, model, mesh, param_dtype)
   shapes = jax.eval_shape(optimizer.transform.init, params)
   placed = optim.state_shardings(optimizer, params, layout(params), sharding.whole(mesh))
   opt_state = jax.tree.map(

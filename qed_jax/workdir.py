@@ -69,7 +69,14 @@ def check_shared(workdir: str | os.PathLike) -> None:
 
 
 # Fields that the program had not yet when an old workdir was made, and what their absence means.
-ADDED = {"mesh.sequence": "1", "profile.steps": "[]"}
+ADDED = {
+  "mesh.sequence": "1",
+  "profile.steps": "[]",
+  "lora.rank": "0",
+  "lora.alpha": "32.0",
+  "lora.targets": '"all-linear"',
+  "lora.sampler": '"unmerged"',
+}
 
 
 def check_same_config(

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -186,6 +188,27 @@ def test_hanging_server_costs_the_timeout_and_the_healthy_go_on():
   assert [c.text for [c] in healthy] == ["a"] * 5
   assert all(isinstance(r, ChatError) and "no answer in 5 s" in str(r) for r in results)
   assert len(tasks) == 1
+
+
+STOPPED = """
+import asyncio, sys
+from qed_jax.chat import Endpoint, HttpChat
+chat = HttpChat(Endpoint(sys.argv[1], "m"), concurrency=4, timeout=60, deadline=60, attempts=1)
+asyncio.run(chat.check())
+try:
+  asyncio.run(chat.check())
+except ValueError as error:
+  sys.exit(str(error))
+"""
+
+
+def test_a_program_that_stops_says_nothing_but_its_line():
+  """Of connections that are still open nothing is said."""
+  with serve(lambda i, r: error(401) if i else said("x")) as server:
+    command = [sys.executable, "-c", STOPPED, server.url]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+  assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1, ended.stderr
+  assert "HTTP 401" in ended.stderr and ended.stdout == ""
 
 
 def test_trickling_server_does_not_outlive_the_timeout():

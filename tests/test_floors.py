@@ -7,15 +7,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAINS = {"train", "evaluate", "serve", "convert", "report"}
+MAINS = {"train", "evaluate", "serve", "convert", "report", "curate"}
 # A floor imports lower floors; the parts of the ground also one another, without cycles.
 GROUND = {
-  "records", "sharding", "chat", "prompts", "metrics", "optim", "checkpoint", "checksums",
-  "figures", "flags", "host_memory", "host_state", "hosts", "intervals", "replies", "tracing",
+  "records", "sharding", "breaker", "chat", "prompts", "metrics", "optim", "checkpoint",
+  "checksums", "estimates", "flags", "host_memory", "host_state", "hosts", "journal", "replies",
+  "tracing",
   "workdir",
 }  # fmt: skip
 MIDDLE = {"model", "data", "objectives", "rewards", "scaffolds"}
-FLOORS = (GROUND, MIDDLE, {"rollout"}, {"serving"}, MAINS)
+ABOVE_ROLLOUT = {"serving", "evaluation", "curation", "reporting", "planning"}
+FLOORS = (GROUND, MIDDLE, {"rollout"}, ABOVE_ROLLOUT, MAINS)
 KERNELS_CALLERS = ("qed_jax/model/attention.py", "qed_jax/model/head.py")
 KERNELS_MAY_IMPORT = {"jax", "jaxlib", "numpy", "qed_kernels"}
 ORBAX_CALLER = "qed_jax/checkpoint.py"

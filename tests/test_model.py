@@ -1,5 +1,6 @@
 """The model: sizes, who sees whom, scores, decoding, remat, precision, memory of the scores."""
 
+import contextlib
 import functools
 import math
 import re
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qed_jax import sharding
 from qed_jax.model import hf_weights, kv_cache, presets, qwen3
 from qed_jax.records import Batch
 
@@ -353,7 +355,7 @@ def test_rounded_pages_stay_near_the_full_forward(tiny_with, dtype, near):
 
 
 def test_remat_changes_memory_only(tiny_with):
-  """ "none", "dots" and "layer" give the same loss and gradients."""
+  """Every policy gives the loss and the gradients of "none"."""
   tokens_BT = np.random.default_rng(0).integers(0, 64, (2, 24))
   params = random_params(tiny_with())
 
@@ -365,11 +367,75 @@ def test_remat_changes_memory_only(tiny_with):
     return value, qwen3.flatten(gradient)
 
   value, gradient = run("none")
-  for remat in ("dots", "layer"):
+  for remat in qwen3.REMAT:
     other, others = run(remat)
     np.testing.assert_allclose(other, value, rtol=1e-6)
     for path, x in gradient.items():
       np.testing.assert_allclose(others[path], x, atol=1e-5 * np.abs(x).max(), err_msg=path)
+
+
+def kernel_runs(config, params, mesh=None):
+  """How often the gradient of a score runs the forward kernel of attention."""
+  batch = batch_of(np.random.default_rng(0).integers(0, 64, (2, 24)))
+
+  def loss(params):
+    return qwen3.score(config, params, batch, 1.0, 8)[0].sum()
+
+  with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    return used_kernels(jax.make_jaxpr(jax.grad(loss))(params).jaxpr).count("flash_forward")
+
+
+def used_kernels(jaxpr) -> list[str]:
+  """Names of the kernels in it whose output something reads."""
+  read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
+  names = []
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "pallas_call" and read & {id(v) for v in eqn.outvars}:
+      names.append(eqn.params["name"])
+    for inner in jax.tree.leaves(list(eqn.params.values())):
+      inner = getattr(inner, "jaxpr", inner)
+      if hasattr(inner, "eqns"):
+        names += used_kernels(inner)
+  return names
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_attention_policy_runs_the_kernel_once(tiny_with, devices):
+  """Under "layer" the backward pass computes attention again, under "attention" it does not, also
+  where the kernel runs inside shard_map."""
+  how = {"attention": "pallas_tpu", "head_dim": 64}
+  params = random_params(tiny_with(**how))
+  mesh = sharding.make_mesh(1, 2, 2, jax.devices()[:4]) if devices > 1 else None
+  assert kernel_runs(tiny_with(remat="layer", **how), params, mesh) == 2
+  assert kernel_runs(tiny_with(remat="attention", **how), params, mesh) == 1
+
+
+def test_the_attention_policy_of_the_kernels_gives_the_same_gradients(tiny_with):
+  batch = batch_of(np.random.default_rng(0).integers(0, 64, (1, 24)))
+  how = {"attention": "pallas_tpu", "head_dim": 64, "num_layers": 2}
+  params = random_params(tiny_with(**how))
+
+  def gradient(remat):
+    loss = lambda p: qwen3.score(tiny_with(remat=remat, **how), p, batch, 1.0, 8)[0].sum()  # noqa: E731
+    return jax.jit(jax.grad(loss))(params)
+
+  got, expected = (qwen3.flatten(gradient(remat)) for remat in ("attention", "layer"))
+  for path, x in expected.items():
+    np.testing.assert_allclose(got[path], x, atol=1e-5 * np.abs(x).max(), err_msg=path)
+
+
+def test_policies_keep_less_and_less(tiny_with):
+  """Scratch memory of the compiled gradient falls from "none" over "dots" to "layer"."""
+  params = random_params(tiny_with(num_layers=6))
+  batch = batch_of(np.random.default_rng(0).integers(0, 64, (4, 128)))
+
+  def scratch(remat):
+    loss = lambda p: qwen3.score(tiny_with(num_layers=6, remat=remat), p, batch, 1.0, 64)[0].sum()  # noqa: E731
+    program = jax.jit(jax.grad(loss)).lower(params).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+  none, dots, layer = map(scratch, ("none", "dots", "layer"))
+  assert none > 1.2 * dots and dots > 1.2 * layer
 
 
 def test_bfloat16_stays_near_float32(tiny_with):

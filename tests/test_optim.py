@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -20,6 +21,7 @@ SETTINGS = {
   "clip_norm": 1.0,
   "decay_norms": False,
   "mu_dtype": "float32",
+  "second_moment": "float32",
 }
 
 
@@ -193,3 +195,110 @@ def test_bad_settings_are_named(field, value):
   with pytest.raises(ValueError, match=f"^{field} must be .*{value}") as error:
     make(**{field: value})
   assert "\n" not in str(error.value)
+
+
+# --- moments in less memory
+
+
+def test_rounding_to_bfloat16_is_right_on_average():
+  """Between two neighbours both occur, as often as makes the mean exact; what fits stays."""
+  x = jnp.float32([1.0 + 2**-10, -3.0 - 2**-9, 1e-30, 0.0, jnp.inf, jnp.nan, 256.0])
+  draw = lambda key: optim.stochastic_bfloat16(x, key).astype(jnp.float32)  # noqa: E731
+  drawn = np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(0), 4096)))
+  assert len(set(drawn[:, 0])) == 2 and len(set(drawn[:, 6])) == 1
+  np.testing.assert_allclose(drawn[:, :3].mean(0), x[:3], rtol=1e-3)
+  np.testing.assert_array_equal(drawn[0, 3:], [0.0, np.inf, np.nan, 256.0])
+
+
+def second_moment_after(second_moment, steps):
+  """nu of a parameter after a large gradient, then `steps` updates without any; b2 is 0.999."""
+  optimizer = make(b2=0.999, clip_norm=None, second_moment=second_moment)
+  params = {"w": jnp.zeros((64, 64))}
+  state = optimizer.transform.init(params)
+  update = jax.jit(lambda g, s: optimizer.transform.update(g, s, params)[1])
+  state = update({"w": jnp.ones((64, 64))}, state)
+  for _ in range(steps):
+    state = update({"w": jnp.zeros((64, 64))}, state)
+  nu = optax.tree.get(state, "nu")["w"]
+  return nu, np.asarray(nu.astype(jnp.float32)).mean()
+
+
+def test_a_second_moment_in_bfloat16_decays_as_in_float32():
+  """By 0.999 a step, where rounding to the nearest would leave it as it is for good."""
+  expected = second_moment_after("float32", 200)[1]
+  nu, got = second_moment_after("bfloat16", 200)
+  assert nu.dtype == jnp.bfloat16
+  np.testing.assert_allclose(got, expected, rtol=2e-2)
+  assert np.float32(jnp.bfloat16(1e-3) * jnp.bfloat16(0.999)) == np.float32(jnp.bfloat16(1e-3))
+
+
+def train_on_a_line(second_moment, steps=60):
+  """Loss of a least squares problem, before and after."""
+  key = jax.random.key(3)
+  x = jax.random.normal(key, (256, 128))
+  y = x @ jax.random.normal(jax.random.key(4), (128, 128))
+  optimizer = make(
+    second_moment=second_moment, peak_lr=3e-2, weight_decay=0.0, total_steps=100, b2=0.99
+  )
+  params = {"w": jnp.zeros((128, 128))}
+  loss = lambda p: jnp.mean((x @ p["w"] - y) ** 2)  # noqa: E731
+
+  @jax.jit
+  def step(params, state):
+    value, grads = jax.value_and_grad(loss)(params)
+    params, state, _ = optim.apply_updates(optimizer, params, state, grads, value)
+    return params, state
+
+  state = optimizer.transform.init(params)
+  for _ in range(steps):
+    params, state = step(params, state)
+  return params["w"], float(loss(params))
+
+
+def test_smaller_moments_train_alike():
+  """bfloat16 stays within 2 % of float32's weights; factored ones reach as low a loss."""
+  whole, reached = train_on_a_line("float32")
+  rounded, also = train_on_a_line("bfloat16")
+  assert np.linalg.norm(rounded - whole) < 0.02 * np.linalg.norm(whole)
+  assert abs(also / reached - 1) < 0.05
+  assert train_on_a_line("factored")[1] < 1.5 * reached
+
+
+def test_a_factored_second_moment_is_adams_where_gradients_have_rank_one():
+  """Rows times columns is then exact, so the first update is Adam's: bias corrections included."""
+  outer = jnp.abs(jnp.outer(jnp.arange(1.0, 129), jnp.arange(1.0, 129)))
+  params, updates = {"w": jnp.ones((128, 128))}, {}
+  for kind in ("float32", "factored"):
+    optimizer = make(second_moment=kind, clip_norm=None, weight_decay=0.0, b1=0.0)
+    state = optimizer.transform.init(params)
+    for scale in (1.0, 3.0, 0.5):
+      updates[kind], state = optimizer.transform.update({"w": scale * outer}, state, params)
+  np.testing.assert_allclose(updates["factored"]["w"], updates["float32"]["w"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", optim.SECOND_MOMENTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moments_take_the_bytes_that_are_said(kind, dtype):
+  """moment_bytes is what planning and the check of memory believe."""
+  params = {"w": jax.ShapeDtypeStruct((512, 512), dtype)}
+  optimizer = make(second_moment=kind, mu_dtype="bfloat16")
+  state = jax.eval_shape(optimizer.transform.init, params)
+  stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+  assert abs(stored / 512**2 - optim.moment_bytes("bfloat16", kind)) < 0.1
+
+
+@pytest.mark.parametrize("kind", optim.SECOND_MOMENTS)
+def test_a_bad_step_leaves_no_trace_in_any_moment(kind):
+  optimizer = make(second_moment=kind)
+  params = {"w": jnp.ones((128, 128))}
+  state = optimizer.transform.init(params)
+  params, state, _ = optim.apply_updates(optimizer, params, state, params, jnp.float32(0))
+  before = as_bytes((params, state))
+  bad = {"w": params["w"].at[0, 0].set(jnp.nan)}
+  params, state, metrics = optim.apply_updates(optimizer, params, state, bad, jnp.float32(0))
+  assert metrics["skipped"] == 1 and as_bytes((params, state)) == before
+
+
+def test_an_unknown_second_moment_is_named():
+  with pytest.raises(ValueError, match="second_moment must be one of float32, .* not 'fp8'"):
+    make(second_moment="fp8")

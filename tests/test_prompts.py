@@ -8,6 +8,9 @@ from qed_jax import prompts
 
 OURS = {
   "prove": {"problem"},
+  "bare": {"problem"},
+  "quality": {"problem", "solution", "comments", "marker"},
+  "marking_scheme": {"problem", "solution", "marker"},
   "reason": {"problem", "summary"},
   "summarise": {"problem", "existing_summary", "reasoning"},
   "judge": {"problem", "rubric", "marker", "submission", "scale"},

@@ -1,7 +1,9 @@
 """Endpoint replies: read strictly, whatever the bytes, and kept through kills and full disks."""
 
+import asyncio
 import json
 import os
+import time
 
 import pytest
 from hypothesis import given
@@ -111,3 +113,71 @@ def test_full_disk_is_an_error_and_the_next_line_is_whole(tmp_path, monkeypatch)
   again = replies.ReplyCache(str(tmp_path / "c"))
   assert again.get("a" * 64) is None and again.get("b" * 64) == REPLY
   again.close()
+
+
+def test_a_reply_is_on_disk_when_it_is_handed_on_and_many_share_a_sync(tmp_path, monkeypatch):
+  """What `keep` returns from has been synced; 200 at once take a few syncs, not 200."""
+  synced, sync = [], os.fsync
+
+  def slow_sync(file):
+    size = os.fstat(file).st_size
+    time.sleep(0.01)
+    sync(file)
+    synced.append(size)
+
+  async def keep(cache, number):
+    await cache.keep(f"{number:064x}", REPLY)
+    with open(tmp_path / "c", "rb") as file:
+      end = file.read().index(b"%064x" % number)
+    assert synced and synced[-1] > end
+
+  async def main(cache):
+    await asyncio.gather(*(keep(cache, number) for number in range(200)))
+    assert await cache.find(f"{7:064x}") == REPLY and await cache.find("f" * 64) is None
+
+  monkeypatch.setattr(os, "fsync", slow_sync)
+  cache = replies.ReplyCache(str(tmp_path / "c"))
+  asyncio.run(main(cache))
+  assert len(synced) <= 20
+  cache.close()
+  again = replies.ReplyCache(str(tmp_path / "c"))
+  assert all(again.get(f"{number:064x}") == REPLY for number in range(200))
+  assert cache.spent_before == (0, 0) and again.spent_before == (200 * 1, 200 * 2)
+  again.close()
+
+
+def test_a_disk_that_refuses_is_everybodys_error_and_the_next_one_is_kept(tmp_path, monkeypatch):
+  cache = replies.ReplyCache(str(tmp_path / "c"))
+
+  def full(file, data):
+    raise OSError("no space left")
+
+  async def main():
+    with monkeypatch.context() as patch:
+      patch.setattr(os, "write", full)
+      keeping = [cache.keep(f"{number:064x}", REPLY) for number in range(5)]
+      found = await asyncio.gather(*keeping, return_exceptions=True)
+    assert all(isinstance(error, OSError) for error in found)
+    await cache.keep("b" * 64, REPLY)
+
+  asyncio.run(main())
+  cache.close()
+  again = replies.ReplyCache(str(tmp_path / "c"))
+  assert again.get("b" * 64) == REPLY and again.get(f"{0:064x}") is None
+  again.close()
+
+
+@pytest.mark.parametrize(
+  "body, said",
+  [
+    (b'{"error": {"message": "no", "code": "spent"}}', ("no", "spent")),
+    (b'{"error": "no"}', ("no", "")),
+    (b'{"detail": [1]}', ("[1]", "")),
+    (b'{"message": null}', ("", "")),
+    (b"<html>" + b"x" * 999, ("<html>" + "x" * 194, "")),
+    (b"[3]", ("[3]", "")),
+    (b"\xff", ("\ufffd", "")),
+  ],
+)
+def test_what_an_error_says(body, said):
+  assert replies.error(body) == said

@@ -11,16 +11,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qed_jax import figures, report
+from qed_jax import report
+from qed_jax.reporting import examples, figures, reading, results, training
+from qed_jax.reporting import page as page_lib
+from qed_jax.reporting.attempts import Row
 
 ALLOWED = {
   "html", "head", "meta", "title", "style", "body", "header", "h1", "h2", "h3", "h4", "nav", "a",
   "main", "p", "span", "figure", "figcaption", "img", "div", "table", "caption", "thead", "tbody",
-  "tr", "th", "td", "details", "summary", "pre",
+  "tr", "th", "td", "details", "summary", "pre", "noscript", "section", "form", "label", "input",
+  "select", "option", "output", "article", "script",
 }  # fmt: skip
 ATTRIBUTES = {
   "lang", "charset", "http-equiv", "content", "name", "id", "class", "href", "src", "alt", "scope",
-  "tabindex", "role", "aria-label", "open",
+  "tabindex", "role", "aria-label", "open", "type", "value", "placeholder", "autocomplete", "for",
+  "hidden",
 }  # fmt: skip
 PAYLOADS = [
   "<script>alert(1)</script>",
@@ -58,6 +63,9 @@ PAYLOADS = [
 ]  # fmt: skip
 
 
+LIVE = {"index": "", "texts": ""}
+
+
 class Page(html.parser.HTMLParser):
   """What a browser would be told: tags with their attributes, and the text outside of them."""
 
@@ -76,7 +84,7 @@ class Page(html.parser.HTMLParser):
       pass
 
   def handle_data(self, data):
-    if self.inside[-1:] != ["style"]:
+    if self.inside[-1:] not in (["style"], ["script"]):
       self.text.append(data)
 
   def handle_comment(self, data):
@@ -186,7 +194,7 @@ def make_workdir(folder, text="a = 3 + 4 = 7"):
   return folder
 
 
-def page_of(workdir) -> str:
+def made(workdir) -> str:
   report.main([f"--workdir={workdir}"])
   return (workdir / "report.html").read_text()
 
@@ -198,12 +206,22 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(workdir):
-  return page_of(workdir)
+  return made(workdir)
+
+
+def digest(text: str) -> str:
+  return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def violations(page: str) -> list[str]:
   """Everything live in the page that the template did not mean to be there."""
-  found = []
+  scripts = re.findall(r"<script([^>]*)>(.*?)</script>", page, re.S)
+  found = [
+    f"script {text[:20]}"
+    for kind, text in scripts
+    if text not in page_lib.scripts()
+    and not ("octet-stream" in kind and re.fullmatch(r"[\w+/=]*", text))
+  ]
   for tag, attributes in Page(page).tags:
     if tag not in ALLOWED:
       found.append(f"<{tag}>")
@@ -221,7 +239,8 @@ def test_stages_come_in_the_order_of_training(page):
   """sft, rl, cache_rl, whatever the order of the folders' names."""
   headings = re.findall(r'<h2 id="stage-\d">(\w+)</h2>', page)
   assert headings == ["sft", "rl", "cache_rl"]
-  labels = re.findall(r'<th scope="row">the (\w+) model</th>', page)
+  [scores] = re.findall(r'aria-label="Table of scores">.*?</table>', page, re.S)
+  labels = re.findall(r'<th scope="row">the (\w+) model</th>', scores)
   assert labels == ["untrained", "sft", "rl", "cache_rl"]
 
 
@@ -248,18 +267,32 @@ def test_one_file_and_no_network(page):
   assert violations(page) == []
   [policy] = [v for v in Page(page).values("content") if "default-src" in v]
   style = re.search(r"<style>(.*?)</style>", page, re.S)[1]
-  digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-  sources = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'"
-  assert policy == f"{sources}; base-uri 'none'; form-action 'none'"
+  scripts = re.findall(r"<script>(.*?)</script>", page, re.S)
+  assert len(scripts) == 3 and "The MIT License" in scripts[0]
+  assert policy == (
+    f"default-src 'none'; img-src data:; style-src '{digest(style)}'; "
+    f"script-src {' '.join(map(repr, map(digest, scripts)))}; style-src-attr 'unsafe-inline'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'; base-uri 'none'; form-action 'none'"
+  )
   assert "://" not in style
   anchors = {v.removeprefix("#") for v in Page(page).values("href")}
   assert anchors <= set(Page(page).values("id"))
+
+
+def test_without_proofs_there_is_no_script(tmp_path):
+  """A report of curves alone needs none, and its policy admits none."""
+  make_run(tmp_path / "sft", "sft")
+  (tmp_path / "sft" / "samples.jsonl").unlink()
+  page = made(tmp_path)
+  assert violations(page) == []
+  assert "<script" not in page and "script-src" not in page and "noscript" not in page
 
 
 def test_the_allow_list_sees_live_text(page):
   """The check of this file would notice a text that was not escaped."""
   for payload in (
     "<script>alert(1)</script>",
+    "<script type='application/octet-stream'>alert(1)</script>",
     "<p onclick=x>",
     "<a href='javascript:x'>",
     "<!-- -->",
@@ -277,11 +310,11 @@ def test_payloads_stay_text(tmp_path, wrap):
   (tmp_path / "sft" / "config.json").write_text(json.dumps({t: {t: t} for t in texts}))
   for number, text in enumerate(texts):
     make_evaluation(tmp_path / str(number), text, 2, 3, text=text)
-  page = page_of(tmp_path)
+  page = made(tmp_path)
   assert violations(page) == []
   shown = "".join(Page(page).text)
   for text in texts:
-    assert report.UNSEEN.search(text) or shown.count(text) > 8, text
+    assert reading.UNSEEN.search(text) or shown.count(text) > 8, text
 
 
 @given(text=st.text(max_size=40) | st.text(alphabet="<>\"'&/=-! scriptonload{}%", max_size=40))
@@ -298,10 +331,8 @@ def test_any_text_stays_text(text):
     "score": text,
     "turn": text,
   }
-  shown = report.examples(
-    [row, {**row, "messages": [{"role": text, "content": text}]}], report.problem_of
-  )
-  page = report.page(title=text, notes=[text], groups=[(text, shown)])
+  shown = examples.example("best", [row, {**row, "messages": [{"role": text, "content": text}]}])
+  page = page_lib.render(LIVE, title=text, parts=(), notes=[text], groups=[(text, [shown])])
   assert violations(page) == []
 
 
@@ -314,13 +345,13 @@ def test_an_absent_file_is_named(tmp_path, absent):
   workdir = make_workdir(tmp_path / "demo")
   for path in workdir.rglob(absent):
     path.unlink()
-  assert f"{absent} is not there" in page_of(workdir)
+  assert f"{absent} is not there" in made(workdir)
 
 
 def test_an_empty_folder_is_reported_as_such(tmp_path):
   """No run, no evaluation, no picture: a page that says so."""
-  page = page_of(tmp_path)
-  assert "nothing in this folder was trained" in page
+  page = made(tmp_path)
+  assert "nothing here was trained" in page
   assert not (tmp_path / "score_by_turn.png").exists()
 
 
@@ -332,7 +363,7 @@ def test_no_grade_at_all_is_no_point(tmp_path):
   row["by_turn"][1]["score"] = row["by_length"][0]["score"] = None
   path.write_text(json.dumps({"rows": [row, {**row, "score": None}]}))
   notes = []
-  [result] = report.read_results(tmp_path, notes)
+  [result] = results.read([tmp_path], notes)
   assert [p["turn"] for p in result["by_turn"]] == [1, 3]
   assert [p["length"] for p in result["by_length"]] == ["6", "a = 7"]
   assert notes == ["a/eval_summary.json: a row without a score left out."]
@@ -344,7 +375,7 @@ def test_broken_lines_are_counted(tmp_path):
   with (tmp_path / "sft" / "metrics.jsonl").open("a") as f:
     f.write('[1]\n{"step": 5, "loss": NaN}\n')
     f.write('{"step": 5, "loss": null, "not_finite": {"loss": "nan"}}\n{"step": 6, "lo')
-  page = page_of(tmp_path)
+  page = made(tmp_path)
   assert "metrics.jsonl: 2 unreadable lines left out." in page
   assert "loss: 2 value(s) not finite" in page
   assert "Last step 4" in page
@@ -353,7 +384,7 @@ def test_broken_lines_are_counted(tmp_path):
 def test_a_step_logged_twice_counts_once():
   """After a resume the later line of a step is the one that is drawn."""
   rows = [{"step": 1, "a": 1}, {"step": 2, "a": 2}, {"step": 2, "a": 5}, {"step": 0, "a": 0.5}]
-  assert report.curves(rows, []) == {"a": ([0, 1, 2], [0.5, 1, 5])}
+  assert training.curves(rows, []) == {"a": ([0, 1, 2], [0.5, 1, 5])}
 
 
 def test_an_axis_of_powers_is_written_in_plain_numbers():
@@ -367,29 +398,29 @@ def test_an_axis_of_powers_is_written_in_plain_numbers():
 def test_values_that_are_no_numbers_are_no_curves():
   """Text, truth values, lists and other people's keys do not become lines."""
   rows = [{"step": 1, "a": "x", "b": True, "c": [1], "d": None, "time": 3.0, "e": 1}, {"e": 2}]
-  assert report.curves(rows, []) == {"e": ([1], [1])}
+  assert training.curves(rows, []) == {"e": ([1], [1])}
 
 
 def test_an_outage_is_not_a_zero():
   """No score is shown as no score; a zero is a zero."""
-  assert report.badge({"score": None}) == {"text": "not graded", "kind": "none"}
-  assert report.badge({"score": 0}) == {"text": "0 of 7", "kind": "low"}
+  assert examples.badge({"score": None}) == {"text": "not graded", "kind": "none"}
+  assert examples.badge({"score": 0}) == {"text": "0 of 7", "kind": "low"}
 
 
 def test_examples_are_the_best_the_median_and_the_worst():
   """By the grade of the last turn; of equals, the larger gain first."""
-  rows = [
-    {"problem": p, "turn": turn, "score": score}
-    for p, scores in {"a": (3, 7), "b": (7, 7), "c": (0, 0), "d": (None, 4), "e": (1, 2)}.items()
-    for turn, score in enumerate(scores, 1)
-  ]
-  picked = [(e["title"], e["statement"]) for e in report.examples(rows[::-1], report.problem_of)]
-  assert picked == [("best", "a"), ("median", "d"), ("worst", "c")]
+  attempts = {
+    p: [Row(turn, None, score, None, 0, False, 0) for turn, score in enumerate(scores, 1)]
+    for p, scores in {"e": (1, 2), "d": (None, 4), "c": (0, 0), "b": (7, 7), "a": (3, 7)}.items()
+  }
+  picked = examples.pick(list(attempts.values()))
+  names = {place: p for place, rows in picked.items() for p in attempts if attempts[p] is rows}
+  assert names == {"best": "a", "median": "d", "worst": "c"}
 
 
 def test_long_texts_lose_their_middle():
   """Both ends of a long trace are kept, and the page says how much is not shown."""
-  text = report.clean("start" + "x" * 50_000 + "end")
+  text = reading.clean("start" + "x" * 50_000 + "end")
   assert len(text) < 6_100 and text.startswith("start") and text.endswith("end")
   assert "44,008 characters left out" in text
 
@@ -397,7 +428,7 @@ def test_long_texts_lose_their_middle():
 def test_the_same_input_gives_the_same_bytes(workdir, page):
   """No clock, no random identifier: a report can be compared."""
   picture = (workdir / "score_by_turn.png").read_bytes()
-  assert page_of(workdir) == page
+  assert made(workdir) == page
   assert (workdir / "score_by_turn.png").read_bytes() == picture
 
 
@@ -430,3 +461,30 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path, capsys):
   with pytest.raises(SystemExit) as stop:
     report.main([f"--workdir={tmp_path / 'nope'}"])
   assert "nope is not a local folder" in str(stop.value) and "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize(
+  ("flags", "said"),
+  [
+    ([], "name folders that hold runs"),
+    (["{0}", "--longest=0"], "--longest=0 leaves no text"),
+    (["{0}", "--serve", "--out=x.html"], "a served page is not written"),
+    (["{0}", "--serve", "--port=99999"], "--port=99999 cannot be listened at"),
+  ],
+)
+def test_mistakes_on_the_command_line_are_one_line(tmp_path, flags, said):
+  """What is wrong, with its value, and what to do."""
+  with pytest.raises(SystemExit) as stop:
+    report.main([flag.format(tmp_path) for flag in flags])
+  assert said in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_several_runs_make_one_page(tmp_path, monkeypatch, capsys):
+  """Runs from different places are told apart by their folders; the page goes to where one is."""
+  monkeypatch.chdir(tmp_path)
+  for place in ("a", "b"):
+    make_evaluation(tmp_path / place / "eval", "model", 1, 1, text=f"x {place}")
+  report.main(["a", "b"])
+  assert capsys.readouterr().out.strip() == "report.html"
+  text = " ".join(Page((tmp_path / "report.html").read_text()).text)
+  assert "model (b/eval)" in text

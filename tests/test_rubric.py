@@ -3,6 +3,7 @@
 import asyncio
 import json
 import pathlib
+import random
 import re
 import runpy
 import sys
@@ -14,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qed_jax import prompts
-from qed_jax.chat import ChatError
+from qed_jax.chat import ChatError, Unavailable
 from qed_jax.records import Completion, Problem, Usage
 from qed_jax.rewards import rubric
 
@@ -261,8 +262,10 @@ class Script:
 
 
 def grade(chat, proof="By induction.", problem=PROBLEM, **options):
-  settings = {"template": JUDGE, "scale": SCALE, "attempts": 3, "on_invalid": "mask"}
-  settings |= {"max_tokens": 100, "temperature": 1.0} | options
+  settings = {"template": JUDGE, "attempts": 3, "votes": 1, "aggregate": "median"}
+  settings |= {"on_invalid": "mask", "max_tokens": 100, "temperature": 1.0} | options
+  style = rubric.Style("judge", settings.pop("scale", tuple(SCALE)))
+  settings.setdefault("style", style)
   return asyncio.run(rubric.grade(problem, proof, chat, **settings))
 
 
@@ -352,6 +355,122 @@ def test_wrong_setting_is_one_line(options, message):
   with pytest.raises(ValueError, match=message) as caught:
     grade(Script("<score>3</score>"), **options)
   assert "\n" not in str(caught.value)
+
+
+# --- several readings ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  "name, votes, score",
+  [
+    ("median", (1, 7, 6), 6),
+    ("median", (1, 6), 1),
+    ("min", (7, 6, 7), 6),
+    ("mean", (7, 7, 6), 7),
+    ("mean", (6, 7), 6),
+    ("mean", (0, 0, 1, 7), 2),
+  ],
+)
+def test_readings_become_one_score(name, votes, score):
+  """Each is a sample of its own; the feedback is that of the one closest to the outcome."""
+  chat = Script(*(f"reading {v}: <score>{v}</score>" for v in votes))
+  result = grade(chat, votes=len(votes), aggregate=name)
+  assert (result.score, result.votes) == (score, votes) and result.usage.calls == len(votes)
+  assert len({sampling["seed"] for _, sampling in chat.asked}) == len(votes)
+  closest = min(votes, key=lambda v: abs(v - score))
+  assert result.feedback.startswith(f"reading {closest}:")
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=9))
+def test_an_aggregate_is_between_its_votes(votes):
+  for name, aggregate in rubric.AGGREGATES.items():
+    score = aggregate(votes)
+    assert type(score) is int and min(votes) <= score <= max(votes), name
+    assert aggregate(votes[::-1]) == score
+  assert abs(rubric.half_down(votes) - sum(votes) / len(votes)) <= 0.5
+  assert rubric.AGGREGATES["median"](votes) in votes  # so it is in the prompt's scale
+
+
+def test_more_than_half_of_the_readings_have_to_succeed():
+  """Retries of an invalid reading take no other reading's samples."""
+
+  class BySeed(Script):
+    async def __call__(self, messages, seed, **sampling):
+      self.asked.append(seed)
+      return [Completion("no" if seed // 2 in self.lines else f"<score>{seed}</score>")]
+
+  result = grade(lost := BySeed(1), votes=3, attempts=2)
+  assert result.score == 0 and result.votes == (0, 4) and sorted(lost.asked) == [0, 2, 3, 4]
+  result = grade(BySeed(1, 2), votes=3, attempts=2)
+  assert result.score is None and result.reason.startswith("invalid")
+  assert grade(BySeed(1, 2), votes=3, attempts=2, on_invalid="zero").score == 0
+
+
+def test_an_endpoint_that_nobody_can_ask_stops_the_run():
+  """That is no fault of the proof, so no grade may come of it, not even none."""
+  with pytest.raises(Unavailable, match="broke"):
+    grade(Script(Unavailable("broke")), on_invalid="zero")
+
+
+# --- the original's parsing ------------------------------------------------------------------
+
+ORIGINAL = [
+  ("<score>5</score>", 5),
+  ("<score>5</score><score>7</score>", 5),
+  ("<score>10</score>", 7),  # 10 / 7 there
+  ("no score", 0),
+  ("<score> 5 </score>", 0),
+  ("<think><score>7</score></think><score>2</score>", 2),
+  ("<score>" + "9" * 5000 + "</score>", 7),
+]
+
+
+@pytest.mark.parametrize("reply, score", ORIGINAL)
+def test_parity_reads_as_the_original_did(reply, score):
+  result = grade(Script(Completion(reply, finish_reason="length")), style=rubric.STYLES["parity"])
+  assert result.score == score
+
+
+def test_only_parity_reads_leniently():
+  lenient = {n for n, style in rubric.STYLES.items() if style.parse is not rubric.parse_score}
+  cut = {name for name, style in rubric.STYLES.items() if style.reads_cut}
+  assert lenient == cut == {"parity"}
+
+
+# --- a hundred thousand replies ----------------------------------------------------------------
+
+ADVERSARIAL = [
+  *("<score>7</score>" * n for n in (2, 3)),
+  *(f"<score>{x}</score>" for x in ("07", "7.0", "7/7", "7 ", "\t7\n", "+7", "\uff17", "\u0667")),
+  *("<think><score>7</score>", "<think>a</think><think><score>7</score>", "<SCORE>7</SCORE>"),
+  *("<score>7</score></think>", "<score>7", "7</score>", "<score >7</score>", "<score>7</score >"),
+  *(
+    "The score is 7",
+    "<points>7</points>",
+    "<score>-1</score>",
+    "<score>8</score>",
+    "<score>\x007",
+  ),
+]
+
+
+def test_a_hundred_thousand_replies():
+  """Never an exception, never outside the scale, and accepted only where the rule, written down a
+  second time, accepts it."""
+  draw = random.Random(0)
+  parts = [*PIECES, *ADVERSARIAL, "Sound. ", "\u2028", "Gap at line 3.\n", "<score>5</score>"]
+  accepted = 0
+  for number in range(100_000):
+    reply = "".join(draw.choices(parts, k=number % 7))
+    if number % 3 == 0 and reply:  # and torn anywhere
+      at = draw.randrange(len(reply))
+      reply = reply[:at] + draw.choice(parts) + reply[at:]
+    score = rubric.parse_score(reply, SCALE)
+    assert score == reference(reply), reply
+    assert score is None or (type(score) is int and 0 <= score <= 7)
+    assert rubric.parse_score(reply, (0, 1, 6, 7)) == (score if score in (0, 1, 6, 7) else None)
+    accepted += score is not None
+  assert 3_000 < accepted < 50_000
 
 
 # --- over HTTP -------------------------------------------------------------------------------

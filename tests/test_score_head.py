@@ -89,6 +89,26 @@ def test_values_and_gradients_are_those_of_the_reference(name, shape, dtype):
   assert_close(run(name, arrays, 0.8), expected(arrays, 0.8), LIMITS[dtype])
 
 
+@pytest.mark.parametrize("name", ["reference", *FAST])
+def test_a_frozen_head_gets_no_gradient_and_changes_no_other(name):
+  """Scores and the tokens' gradient are the same; the head's is zero."""
+  x_BTD, w_VD, target_BT, *cotangents = draw((1, 300, 128, 500))
+
+  def run(frozen):
+    def score(x_BTD, w_VD):
+      how = {"chunk": 48, "frozen": frozen, "implementation": name}
+      return score_head(x_BTD, w_VD, target_BT, 0.8, **how)
+
+    scores, pull = jax.vjp(score, x_BTD, w_VD)
+    return *scores, *pull(tuple(cotangents))
+
+  *frozen, none = jax.jit(run, static_argnums=0)(True)
+  *trained, some = jax.jit(run, static_argnums=0)(False)
+  assert not none.any() and some.any()
+  for x, y in zip(frozen, trained, strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+
+
 @settings(max_examples=8, deadline=None)
 @given(st.data())
 @pytest.mark.parametrize("name", FAST)
@@ -151,7 +171,7 @@ def test_a_mesh_changes_nothing(mesh, B):
 
   @jax.jit
   def scores(x_BTD, w_VD, target_BT, *cotangents):
-    score = lambda x, w: score_tokens(x, w, target_BT, 0.8, 8)  # noqa: E731
+    score = lambda x, w: score_tokens(x, w, target_BT, 0.8, 8, False)  # noqa: E731
     out, pull = jax.vjp(score, x_BTD, w_VD)
     return *out, *pull(cotangents)
 

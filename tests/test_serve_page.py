@@ -1,11 +1,7 @@
 """The chat page in a real browser: proofs stream in, formulas are rendered, nothing is executed."""
 
-import base64
 import json
 import os
-import shutil
-import subprocess
-import tempfile
 import time
 from pathlib import Path
 
@@ -15,9 +11,9 @@ from scripted_server import says
 from test_tokenizer import write_bpe_folder
 
 from qed_jax.data import tokenizer as tokenizer_lib
+from tools.chromium import PROGRAM, Browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium here")
 
 PROOF = r"""
 
@@ -60,85 +56,11 @@ ATTACKS = [
 ]
 
 
-class Browser:
-  """Headless Chromium over its pipe: no port, no driver."""
-
-  def __init__(self):
-    self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    from_us, to_us = os.pipe(), os.pipe()
-    flags = [
-      "--headless",
-      "--no-sandbox",
-      "--disable-gpu",
-      "--remote-debugging-pipe",
-      "--mute-audio",
-    ]
-    flags += [f"--user-data-dir={self.profile.name}", "--no-first-run", "--proxy-server=direct://"]
-    flags += [
-      "--disable-background-networking",
-      "--disable-component-update",
-      "--window-size=900,1100",
-    ]
-    # The browser reads from descriptor 3 and writes to 4.
-    command = 'exec "$@" 3<&"$IN" 4>&"$OUT"'
-    self.process = subprocess.Popen(
-      ["bash", "-c", command, "bash", CHROMIUM, *flags, "about:blank"],
-      pass_fds=(from_us[0], to_us[1]),
-      env=os.environ | {"IN": str(from_us[0]), "OUT": str(to_us[1])},
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.DEVNULL,
-    )
-    os.close(from_us[0])
-    os.close(to_us[1])
-    self.out, self.into = os.fdopen(from_us[1], "wb", 0), os.fdopen(to_us[0], "rb", 0)
-    self.rest, self.count, self.session, self.log = b"", 0, None, []
-    targets = self.call("Target.getTargets")["targetInfos"]
-    target = next(t["targetId"] for t in targets if t["type"] == "page")
-    attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
-    self.session = attached["sessionId"]
-    for domain in ("Page", "Runtime", "Log", "Network"):
-      self.call(f"{domain}.enable")
-
-  def call(self, method, **parameters):
-    self.count += 1
-    message = {"id": self.count, "method": method, "params": parameters}
-    message |= {"sessionId": self.session} if self.session else {}
-    self.out.write(json.dumps(message).encode() + b"\0")
-    while True:
-      answer = self.read()
-      if answer.get("id") == self.count:
-        assert "error" not in answer, answer
-        return answer["result"]
-      self.log.append(answer)
-
-  def read(self):
-    while b"\0" not in self.rest:
-      part = self.into.read(1 << 16)
-      assert part, "the browser has ended"
-      self.rest += part
-    message, _, self.rest = self.rest.partition(b"\0")
-    return json.loads(message)
-
-  def value(self, expression):
-    result = self.call(
-      "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
-    )
-    assert "exceptionDetails" not in result, result
-    return result["result"].get("value")
-
-  def until(self, expression, seconds=20.0):
-    """Waits until it is true in the page -> its value."""
-    end = time.monotonic() + seconds
-    while not (found := self.value(f"(x => x instanceof Node || x)({expression})")):
-      assert time.monotonic() < end, f"{expression}: {self.value('document.body.innerText')}"
-      time.sleep(0.03)
-    return found
+class Chat(Browser):
+  """A browser that knows the chat page."""
 
   def open(self, url, **headers):
-    self.log.clear()
-    self.call("Network.setExtraHTTPHeaders", headers=headers)
-    self.call("Page.navigate", url=url)
-    self.until("document.readyState === 'complete' && typeof model === 'string'")
+    super().open(url, "typeof model === 'string'", **headers)
 
   def say(self, prompt):
     self.value(f"byId('prompt').value = {json.dumps(prompt)}; byId('form').requestSubmit()")
@@ -151,23 +73,7 @@ class Browser:
   def picture(self, name, dark=False):
     """A screenshot, where SERVE_PICTURES names a folder for it."""
     if folder := os.environ.get("SERVE_PICTURES"):
-      scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-      self.call("Emulation.setEmulatedMedia", features=scheme)
-      data = self.call("Page.captureScreenshot", format="png")["data"]
-      (Path(folder) / f"{name}.png").write_bytes(base64.b64decode(data))
-
-  def complaints(self):
-    """Console errors, refused resources and exceptions."""
-    self.value("1")
-    kinds = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
-    return [m["params"] for m in self.log if m.get("method") in kinds]
-
-  def close(self):
-    self.process.terminate()
-    self.process.wait(10)
-    self.out.close()
-    self.into.close()
-    self.profile.cleanup()
+      super().picture(Path(folder) / f"{name}.png", dark)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +83,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-  found = Browser()
+  found = Chat()
   yield found
   found.close()
 
@@ -253,11 +159,7 @@ def test_what_the_model_writes_is_never_markup(tokenizer, browser):
     assert not [s for s in browser.value(styles) if "url" in s.lower()]
     widest = "Math.max(...[...document.querySelectorAll('#turns *')].map((e) => e.scrollWidth))"
     assert browser.value(widest) < 20_000
-    asked = [
-      m["params"]["request"]["url"]
-      for m in browser.log
-      if m.get("method") == "Network.requestWillBeSent"
-    ]
+    asked = browser.requests()
     assert asked and all(u.startswith((url, "data:")) for u in asked)
     browser.picture("attacks")
 

@@ -167,6 +167,7 @@ def test_optimizer_moments_lie_where_their_parameters_do(wide):
   optimizer = optim.make_optimizer(
     peak_lr=1e-3, schedule="constant", warmup_steps=0, total_steps=9, b1=0.9, b2=0.99, eps=1e-8,
     weight_decay=0.1, clip_norm=1.0, decay_norms=False, mu_dtype="float32",
+    second_moment="float32",
   )  # fmt: skip
   state = train.abstract_state(wide, optimizer, mesh, "bfloat16")
   moments = [x for x in jax.tree.leaves(state["opt_state"]) if x.ndim]

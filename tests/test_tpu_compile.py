@@ -133,7 +133,7 @@ def test_the_4b_head_keeps_its_logits_in_vmem(chip, fsdp, mebibytes):
   T, D, V = 32768, 2560, 151936
 
   def both(x_BTD, w_VD, target_BT, *cotangents):
-    scores = lambda x, w: head.score_tokens(x, w, target_BT, 0.8, 1024)  # noqa: E731
+    scores = lambda x, w: head.score_tokens(x, w, target_BT, 0.8, 1024, False)  # noqa: E731
     out, pull = jax.vjp(scores, x_BTD, w_VD)
     return out, pull(cotangents)
 
@@ -148,6 +148,24 @@ def test_the_4b_head_keeps_its_logits_in_vmem(chip, fsdp, mebibytes):
   program = compiled(on, both, *arguments)
   assert kernels_of(program) == {"score_forward", "score_backward"}
   assert program.memory_analysis().temp_size_in_bytes < mebibytes << 20
+
+
+@pytest.mark.parametrize("chip", ONE_CHIP)
+def test_a_frozen_4b_head_sets_nothing_aside(chip):
+  """Beside an adapter: no array for the head's gradient, 1,484 MiB, and no copy of the head."""
+  on = mesh(ONE_CHIP[chip])
+  T, D, V = 8192, 2560, 151936
+
+  def tokens_only(x_BTD, w_VD, target_BT, *cotangents):
+    score = lambda x: head.score_tokens(x, w_VD, target_BT, 0.8, 1024, True)  # noqa: E731
+    out, pull = jax.vjp(score, x_BTD)
+    return out, pull(cotangents)
+
+  of = lambda dtype, *size: abstract(on, size, dtype)  # noqa: E731
+  row, x, w = of(jnp.float32, 1, T), of(jnp.bfloat16, 1, T, D), of(jnp.bfloat16, V, D)
+  program = compiled(on, tokens_only, x, w, of(jnp.int32, 1, T), row, row)
+  assert kernels_of(program) == {"score_forward", "score_backward"}
+  assert program.memory_analysis().temp_size_in_bytes < 200 << 20
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import fake_endpoint
 import jax
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from configs import cache_rl, rl, sft
 from qed_jax import checkpoint, flags, sharding, train
 from qed_jax.model import presets
-from qed_jax.rollout import jobs, policy, step_log
+from qed_jax.rollout import experience, jobs, policy, step_log
 
 ROOT = Path(__file__).parents[1]
 HOW = {"dtype": "float32", "remat": "none", "attention": "xla"}
@@ -221,10 +222,10 @@ def test_non_finite_steps_are_skipped_and_then_stop_the_run(tmp_path, monkeypatc
   config.max_skipped_steps = 3
   put = sharding.put
 
-  def poisoned(mesh, batch, letters):
+  def poisoned(mesh, batch, *how):
     weight_BT = np.where(batch.weight_BT > 0, np.float32(np.nan), 0)
     weight_BT[batch.weight_BT > 0] = np.inf
-    return put(mesh, type(batch)(**{**vars(batch), "weight_BT": weight_BT}), letters)
+    return put(mesh, type(batch)(**{**vars(batch), "weight_BT": weight_BT}), *how)
 
   monkeypatch.setattr(sharding, "put", poisoned)
   with pytest.raises(ValueError, match="3 steps in a row") as error:
@@ -389,3 +390,55 @@ def test_the_published_numbers():
   assert (b.rollout.max_tokens, b.rollout.temperature, b.objective.eps_high) == (49_152, 0.8, 4.0)
   assert (c.cache.turns, c.cache.states, c.cache.max_tokens) == (3, 2, 2_048)
   assert c.rollout.problems * c.cache.states * c.rollout.attempts == 1_024
+
+
+def judged(folder, url: str, monkeypatch, **changes):
+  """An RL config with a judge model, random weights and a prompt that its engine has room for."""
+  monkeypatch.setenv("OPENAI_BASE_URL", url)
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+  (folder / "short.md").write_text("{problem} {marker} {submission}")
+  c = small(rl.get_config("tiny"), 3)
+  c.judge.reward = "rubric"
+  c.judge.update(api="chat", style="parity", template=str(folder / "short.md"), canary_share=0.0)
+  c.judge.update(changes)
+  c.objective.drop_dead_groups = False
+  return c
+
+
+@pytest.mark.slow
+def test_a_judge_that_is_gone_saves_the_run_and_stops_it_with_one_line(tmp_path, monkeypatch):
+  """It answers for two steps and refuses then; mended, the same command goes on after them."""
+  mended = []
+
+  def script(number, request):
+    if mended or number <= 2 * 8:  # the check, and eight proofs a step
+      return fake_endpoint.said(f"<score>{number % 8}</score>")
+    return fake_endpoint.error(401, "the key was withdrawn")
+
+  with fake_endpoint.serve(script) as server:
+    c = judged(tmp_path, server.url, monkeypatch)
+    c.checkpoint.every = 100
+    # All proofs are graded: an empty one would need no call.
+    monkeypatch.setattr(experience, "split_proof", lambda text: ("", f"proof {text}"))
+    with pytest.raises(ValueError, match="HTTP 401.*OPENAI_API_KEY") as caught:
+      train.main(c, str(tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+    saved = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints", keep=9).latest_step()
+    assert saved == 2
+    mended.append(True)
+    train.main(c, str(tmp_path / "run"))
+  rows = rows_of(tmp_path / "run")
+  assert [row["step"] for row in rows] == [1, 2, 3]
+  assert all(row["judge/calls"] == 8 and row["invalid_share"] == 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["policy", "init"])
+def test_a_run_may_judge_itself(engine, tmp_path, monkeypatch):
+  """On the engine that samples, or on one with the parameters that it began with."""
+  c = judged(tmp_path, "", monkeypatch, engine=engine, max_tokens=8)
+  monkeypatch.setattr(experience, "split_proof", lambda text: ("", f"proof {text[:20]}"))
+  train.main(c, str(tmp_path / "run"))
+  rows = rows_of(tmp_path / "run")
+  assert [row["step"] for row in rows] == [1, 2, 3]
+  assert all(row["judge/calls"] == 8 and "judge/dollars" not in row for row in rows)

@@ -53,7 +53,7 @@ def commands(root: Path, seed: int) -> list[list[str]]:
       f"--config.policy={policy}",
       f"--config.label={LABELS[stage]}",
       *(["--config.untrained=True"] if stage == "untrained" else []),
-      *([f"--config.cache.summariser={root / 'sft'}"] if stage in ("rl", "cache_rl") else []),
+      *([f"--config.summariser={root / 'sft'}"] if stage in ("rl", "cache_rl") else []),
     ]
 
   trained = [train("sft", ""), train("rl", "sft"), train("cache_rl", "sft")]

@@ -4,7 +4,7 @@ import hashlib
 import pathlib
 
 from qed_jax import records
-from qed_jax.data import rows
+from qed_jax.data import marking_scheme, rows
 
 # Column names by field, the published FineProofs name first, then those of the proof benchmarks.
 COLUMNS = {
@@ -13,9 +13,10 @@ COLUMNS = {
   "rubric": ("rubrics", "rubric", "grading_scheme", "marking_scheme", "grading_guidelines")
   + ("Grading guidelines", "schema"),
   "answer": ("answer", "final_answer", "short_answer", "Short Answer"),
-  "solution": ("solution", "reference_solution", "Solution"),
-  "source": ("source", "Source", "competition", "dataset"),
+  "solution": ("solution", "reference_solution", "Solution", "sample_solution"),
+  "source": ("source", "Source", "Problem Source", "competition", "dataset"),
   "level": ("level", "Level", "difficulty"),
+  "category": ("category", "Category", "problem_type"),
 }
 
 
@@ -65,13 +66,33 @@ def load(
 def from_row(row: rows.Row, *, require: tuple[str, ...]) -> records.Problem:
   """One row -> Problem; its id is a hash of the statement unless the row has one.
 
-  Raises ValueError(why) on a bad row.
+  A marking scheme or category may be a list, as MathArena has it. Raises ValueError(why) on a bad
+  row, also when the items of such a scheme do not add up to 7 points.
   """
+  if not any(name in row for name in COLUMNS["statement"]):
+    raise ValueError(
+      f"problem is missing among its columns ({', '.join(map(str, row))}): rename the statement's "
+      f"column to one of {', '.join(COLUMNS['statement'])}"
+    )
+  row = _with_text(row)
   values = {
     field: rows.text(row, names, required=field == "statement" or field in require)
     for field, names in COLUMNS.items()
   }
   return records.Problem(**values | {"id": values["id"] or statement_id(values["statement"])})
+
+
+def _with_text(row: rows.Row) -> rows.Row:
+  """The row with structured marking schemes and lists of categories written out."""
+  changed = {}
+  for name in COLUMNS["rubric"]:
+    if (items := marking_scheme.items_of(row.get(name))) is not None:
+      changed[name] = marking_scheme.from_items(items)
+  for name in COLUMNS["category"]:
+    value = row.get(name)
+    if isinstance(value, list) and all(isinstance(v, str) for v in value):
+      changed[name] = ", ".join(value)
+  return {**row, **changed} if changed else row
 
 
 def statement_id(statement: str) -> str:

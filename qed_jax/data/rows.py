@@ -28,7 +28,7 @@ NAMED = 10  # bad rows that get a line of their own in the log
 
 @dataclasses.dataclass(frozen=True)
 class BadRow:
-  """A skipped row. `row` counts from 1 in its file: the line of a JSONL file, else the record."""
+  """A faulty row. `row` counts from 1 in its file: the line of a JSONL file, else the record."""
 
   file: str
   row: int
@@ -40,12 +40,25 @@ class BadRow:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What became of the rows: read = kept + filtered + len(bad)."""
+  """What became of the rows: read = kept + filtered + len(bad).
+
+  bad: rows that were skipped. repaired: rows that were kept or filtered after a known fault in them
+  was mended.
+  """
 
   read: int
   kept: int
   filtered: int
   bad: tuple[BadRow, ...]
+  repaired: tuple[BadRow, ...] = ()
+
+
+class Ragged(ValueError):
+  """A CSV record whose number of fields is not the header's; a repair may know what happened."""
+
+  def __init__(self, header: list[str], fields: list[str]):
+    super().__init__(f"has {len(fields)} fields, the header has {len(header)}")
+    self.header, self.fields = header, fields
 
 
 def load(
@@ -56,18 +69,24 @@ def load(
   config: str,
   split: str,
   max_bad_share: float,
+  repair: Callable[[Row | Ragged], tuple[Row, str] | None] = lambda _: None,
 ) -> tuple[list[T], Report]:
   """Every row that `parse` accepts, in file order.
 
   parse: row -> what to keep, or None to leave a good row out; raises ValueError(why) on a bad row.
+  repair: (mended row, what was wrong) where it knows the fault of a row or a ragged record.
   config, split: which files of a folder or hub dataset; not looked at when the path is a file.
   Raises ValueError in one line when nothing is left or more than max_bad_share of the rows is bad.
   """
-  kept, bad, read = [], [], 0
+  kept, bad, repaired, read = [], [], [], 0
   for file in find(path_or_hub_id, revision=revision, config=config, split=split):
     for number, row in _rows(file):
       read += 1
       try:
+        if isinstance(row, dict | Ragged) and (mended := repair(row)):
+          row, why = mended
+          repaired.append(BadRow(file.name, number, why))
+          logging.warning("repaired %s", repaired[-1])
         if isinstance(row, Exception):
           raise row
         if not isinstance(row, dict):
@@ -79,7 +98,8 @@ def load(
         bad.append(BadRow(file.name, number, str(error)))
         if len(bad) <= NAMED:
           logging.warning("skipped %s", bad[-1])
-  report = Report(read=read, kept=len(kept), filtered=read - len(kept) - len(bad), bad=tuple(bad))
+  filtered = read - len(kept) - len(bad)
+  report = Report(read, len(kept), filtered, tuple(bad), tuple(repaired))
   if bad:
     logging.warning("skipped %d bad rows of %d in %s", len(bad), read, path_or_hub_id)
   if len(bad) > max_bad_share * read:
@@ -257,7 +277,7 @@ def _csv(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
       if isinstance(fields, Exception):
         yield number, fields
       elif len(fields) != len(header):
-        yield number, ValueError(f"has {len(fields)} fields, the header has {len(header)}")
+        yield number, Ragged(header, fields)
       else:
         yield number, dict(zip(header, fields, strict=True))
 

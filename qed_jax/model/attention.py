@@ -20,6 +20,7 @@ from qed_jax import sharding
 from qed_jax.model import context_parallel
 from qed_jax.model import kv_cache as kv
 
+RESIDUALS = flash.RESIDUALS  # names of what the kernels keep for their backward pass
 SCORES_AT_ONCE = 2**20  # scores of a head that attention over the cache makes at once
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import huggingface_hub
 
 from qed_jax.model.hf_weights import read_json
+from qed_jax.model.lora import Adapter
 from qed_jax.model.qwen3 import Qwen3Config
 
 FENCE = "```"
@@ -59,6 +60,35 @@ The reasoning comes first; the proof is what follows `</think>`.""",
     "License": f"{inherited['license']}, as the base model's."
     if "license" in inherited
     else "The source folder states none; set `license` above before publishing.",
+  }
+  body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
+  return f"---\n{front.to_yaml()}\n---\n\n# {name}\n\n{body}\n"
+
+
+def adapter_card(name: str, adapter: Adapter, base: str, workdir: Path) -> str:
+  """README.md of an adapter in PEFT's form."""
+  training, environment = (_optional(workdir / f) for f in ("config.json", "env.json"))
+  data = training.get("data")
+  hub_base = next(iter(_hub_names([base])), None)
+  front = huggingface_hub.ModelCardData(
+    library_name="peft",
+    pipeline_tag="text-generation",
+    base_model=hub_base,
+    datasets=_hub_names([data.get("source") if isinstance(data, dict) else None]) or None,
+    tags=["qwen3", "qed_jax", "lora", *[job for job in JOBS if training.get("job") == job]],
+  )
+  loaded = hub_base or "the base model's folder"
+  sections = {
+    "Summary": f"A LoRA adapter for {hub_base or 'a local model'}: rank {adapter.rank}, alpha "
+    f"{adapter.alpha:g}, on {', '.join(path.split('.')[-1] for path in adapter.targets)}.",
+    "How to use": f"""{FENCE}python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{loaded}", dtype="auto")
+model = PeftModel.from_pretrained(base, "{name}")
+{FENCE}""",
+    "Training": _training(training, environment),
   }
   body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
   return f"---\n{front.to_yaml()}\n---\n\n# {name}\n\n{body}\n"

@@ -21,12 +21,20 @@ def forward(config: Qwen3Config, tokens: int, context: int) -> float:
   )
   if config.tie_word_embeddings:
     matrices += config.vocab_size * config.hidden_size
-  attention = 2 * 2 * config.num_layers * config.num_heads * config.head_dim
-  return 2.0 * matrices * tokens + float(attention) * context
+  return 2.0 * matrices * tokens + attention(config, context)
 
 
-def training(config: Qwen3Config, positions_BT, segments_BT) -> float:
-  """Forward and backward of packed rows; the backward pass is twice the forward."""
+def attention(config: Qwen3Config, context: int) -> float:
+  """The part of `forward` that is not a product with a weight."""
+  return float(2 * 2 * config.num_layers * config.num_heads * config.head_dim) * context
+
+
+def training(config: Qwen3Config, positions_BT, segments_BT, frozen: bool = False) -> float:
+  """Forward and backward of packed rows; the backward pass is twice the forward.
+
+  frozen: weights get no gradient of their own (LoRA), so their part is once the forward's.
+  """
   real_BT = np.asarray(segments_BT) > 0
   context = int(np.sum((np.asarray(positions_BT) + 1) * real_BT))
-  return 3.0 * forward(config, int(real_BT.sum()), context)
+  done = forward(config, int(real_BT.sum()), context)
+  return 2.0 * done + attention(config, context) if frozen else 3.0 * done

@@ -16,13 +16,13 @@ from qed_kernels.score_head import score_head
 from qed_jax import sharding
 
 
-def score_tokens(x_BTD, w_VD, target_BT, temperature, chunk: int):
+def score_tokens(x_BTD, w_VD, target_BT, temperature, chunk: int, frozen: bool):
   """-> log-probability of each target and entropy, float32 [B, T], of logits / temperature.
 
   chunk: tokens of a row whose logits are made at once where no kernel serves; no array of logits
-  is larger.
+  is larger. frozen: the head is not trained.
   """
-  run = functools.partial(score_head, chunk=chunk)
+  run = functools.partial(score_head, chunk=chunk, frozen=frozen)
   if not sharding.several_devices():
     return run(x_BTD, w_VD, target_BT, temperature)
   B, T = target_BT.shape

@@ -93,6 +93,11 @@ def append(kv_cache: KVCache, layer, k_BTKH, v_BTKH, positions_BT) -> KVCache:
   offset_BT = positions_BT % S
 
   def put(cache_LPKSx, new_BTKx):
+    if k_BTKH.shape[1] > 1:
+      # Key heads among the indices: for a window over them XLA for TPUs copies the whole pool.
+      head_11K = jnp.arange(new_BTKx.shape[2])[None, None]
+      place = (layer, page_BT[:, :, None], head_11K, offset_BT[:, :, None])
+      return cache_LPKSx.at[place].set(new_BTKx.astype(cache_LPKSx.dtype), mode="drop")
     # Indices [B, T] around the slice over K come first in the result: [B, T, K, ...].
     return cache_LPKSx.at[layer, page_BT, :, offset_BT].set(
       new_BTKx.astype(cache_LPKSx.dtype), mode="drop"

@@ -1,4 +1,9 @@
-"""RMSNorm, rotary positions, embedding init: the small arithmetic of Qwen3."""
+"""Products with weights, RMSNorm, rotary positions: the small arithmetic of Qwen3."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +26,40 @@ def einsum(equation: str, *operands, out_dtype=None):
   )
 
 
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=("w", "a", "b"), meta_fields=("scale",)
+)
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+  """A weight [out.., in..] with a low-rank change, w + scale b a, which is never multiplied out.
+
+  It stands in a tree of parameters where the weight would. a: [R, in..]; b: [out.., R].
+  """
+
+  w: Any
+  a: Any
+  b: Any
+  scale: float
+
+
+def matrix(w, outputs: int):
+  """A weight as [out, in], its first `outputs` dimensions being those of what it makes."""
+  if isinstance(w, Adapted):
+    a, b = matrix(w.a, 1), matrix(w.b, outputs)
+    return dataclasses.replace(w, w=matrix(w.w, outputs), a=a, b=b)
+  return w.reshape(math.prod(w.shape[:outputs]), -1)
+
+
 def linear(x, w, out_dtype=None):
-  """x [..., in] by w [out, in] -> [..., out], computed in x's dtype.
+  """x [..., in] by w [out, in], or by an Adapted of such -> [..., out], computed in x's dtype.
 
   On one device it is a product of two matrices: of a product over [B, T], XLA on a CPU computes the
   weight's gradient from a transposed copy that takes as long. On several, B and T stay apart, since
   each has its own layout.
   """
+  if isinstance(w, Adapted):
+    change = linear(linear(x, w.a), w.b, out_dtype)
+    return linear(x, w.w, out_dtype) + w.scale * change
   w = w.astype(x.dtype)
   if several_devices():
     return einsum("...I,OI->...O", x, w, out_dtype=out_dtype)

@@ -12,10 +12,19 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from qed_jax.model.attention import append_and_attend, attention, pack
+from qed_jax.model.attention import RESIDUALS, append_and_attend, attention, pack
 from qed_jax.model.head import score_tokens
-from qed_jax.model.layers import at_least_float32, linear, rms_norm, rope, rope_angles
+from qed_jax.model.layers import (
+  Adapted,
+  at_least_float32,
+  linear,
+  matrix,
+  rms_norm,
+  rope,
+  rope_angles,
+)
 from qed_jax.sharding import constrain, gathered, several_devices
 
 DIMS = {
@@ -41,8 +50,8 @@ class Qwen3Config:
   """Sizes under Hugging Face's names, and three choices of how to compute.
 
   dtype: of activations and matrix products; norms, rope, softmax and logits are float32.
-  remat: what the backward pass keeps of a layer: "none" (all), "dots" (matrix products), "layer"
-    (its input only). attention: an implementation of qed_kernels.flash_attention, or "auto".
+  remat: what the backward pass keeps of a layer, a name of REMAT. attention: an implementation of
+    qed_kernels.flash_attention, or "auto".
   """
 
   vocab_size: int
@@ -76,11 +85,14 @@ def shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:
   return {path: tuple(size[d] for d in DIMS[path]) for path in paths}
 
 
+def is_adapted(leaf) -> bool:
+  return isinstance(leaf, Adapted)
+
+
 def flatten(params: dict) -> dict:
-  """Nested dict -> {"layers.mlp.up_proj": leaf}."""
-  return {
-    ".".join(p.key for p in path): x for path, x in jax.tree_util.tree_leaves_with_path(params)
-  }
+  """Nested dict -> {"layers.mlp.up_proj": leaf}; an Adapted is a leaf."""
+  leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_adapted)
+  return {".".join(p.key for p in path): x for path, x in leaves}
 
 
 def unflatten(leaves: dict) -> dict:
@@ -114,26 +126,38 @@ def _param(config: Qwen3Config, rngs: nnx.Rngs, path: str) -> nnx.Param:
   return nnx.Param(scale * jax.random.normal(key, shape, jnp.float32))
 
 
-def to_heads(x_BTD, w_NHD):
+def to_heads(x_BTD, w_NHD, head_dim: int):
   """x w by head: [B, T, N, H]."""
-  N, H, D = w_NHD.shape
-  return linear(x_BTD, w_NHD.reshape(N * H, D)).reshape(*x_BTD.shape[:2], N, H)
+  return linear(x_BTD, matrix(w_NHD, 2)).reshape(*x_BTD.shape[:2], -1, head_dim)
 
 
 def from_heads(o_BTNH, w_DNH):
   """The heads' outputs to the width: [B, T, D]."""
   B, T, N, H = o_BTNH.shape
-  return linear(o_BTNH.reshape(B, T, N * H), w_DNH.reshape(-1, N * H))
+  return linear(o_BTNH.reshape(B, T, N * H), matrix(w_DNH, 1))
+
+
+def adapter_letters(letters: str) -> tuple[str, str]:
+  """Letters of a weight -> those of the a and b that change it; R is the rank.
+
+  "LNHD" -> "LRD", "LNHR"; "LDF" -> "LRF", "LDR". Weights that make the width have D in front.
+  """
+  outputs = "D" if letters[1] == "D" else letters[1:-1]
+  return "LR" + letters[1 + len(outputs) :], "L" + outputs + "R"
 
 
 def gather(weights, dtype: str):
   """The state of a Block with its projections as they are multiplied: cast, then gathered."""
 
   def one(path, w):
-    letters = DIMS["layers." + ".".join(k.key for k in path if hasattr(k, "key"))][1:]
-    return gathered(w.astype(dtype), letters) if len(letters) > 1 else w
+    letters = DIMS["layers." + ".".join(k.key for k in path if hasattr(k, "key"))]
+    if isinstance(w, Adapted):
+      a, b = adapter_letters(letters)
+      parts = ((w.w, letters), (w.a, a), (w.b, b))
+      return Adapted(*(gathered(x.astype(dtype), own[1:]) for x, own in parts), w.scale)
+    return gathered(w.astype(dtype), letters[1:]) if len(letters) > 2 else w
 
-  return jax.tree_util.tree_map_with_path(one, weights)
+  return jax.tree_util.tree_map_with_path(one, weights, is_leaf=is_adapted)
 
 
 class Attention(nnx.Module):
@@ -145,15 +169,15 @@ class Attention(nnx.Module):
       setattr(self, name, _param(config, rngs, f"layers.self_attn.{name}"))
 
   def __call__(self, x_BTD, angles, attend):
-    eps = self.config.rms_norm_eps
-    q_BTNH = constrain(to_heads(x_BTD, self.q_proj[...]), "BTNH")
-    k_BTKH = constrain(to_heads(x_BTD, self.k_proj[...]), "BTKH")
-    v_BTKH = constrain(to_heads(x_BTD, self.v_proj[...]), "BTKH")
+    eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
+    q_BTNH = constrain(to_heads(x_BTD, self.q_proj.get_value(), head_dim), "BTNH")
+    k_BTKH = constrain(to_heads(x_BTD, self.k_proj.get_value(), head_dim), "BTKH")
+    v_BTKH = constrain(to_heads(x_BTD, self.v_proj.get_value(), head_dim), "BTKH")
     q_BTNH = rope(rms_norm(q_BTNH, self.q_norm[...], eps), *angles)
     k_BTKH = rope(rms_norm(k_BTKH, self.k_norm[...], eps), *angles)
     o_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH)
     o_BTNH = constrain(o_BTNH, "BTNH")
-    return from_heads(o_BTNH, self.o_proj[...]), kept
+    return from_heads(o_BTNH, self.o_proj.get_value()), kept
 
 
 class MLP(nnx.Module):
@@ -164,9 +188,9 @@ class MLP(nnx.Module):
       setattr(self, name, _param(config, rngs, f"layers.mlp.{name}"))
 
   def __call__(self, x_BTD):
-    gate_BTF = constrain(linear(x_BTD, self.gate_proj[...]), "BTF")
-    up_BTF = constrain(linear(x_BTD, self.up_proj[...]), "BTF")
-    return linear(jax.nn.silu(gate_BTF) * up_BTF, self.down_proj[...])
+    gate_BTF = constrain(linear(x_BTD, self.gate_proj.get_value()), "BTF")
+    up_BTF = constrain(linear(x_BTD, self.up_proj.get_value()), "BTF")
+    return linear(jax.nn.silu(gate_BTF) * up_BTF, self.down_proj.get_value())
 
 
 class Block(nnx.Module):
@@ -225,6 +249,7 @@ class Qwen3(nnx.Module):
 
     def layer(state, weights):
       x_BTD, carry, index = state
+      x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
 
       def attend_here(q_BTNH, k_BTKH, v_BTKH):
         o_BTNH, new_carry, kept = attend(q_BTNH, k_BTKH, v_BTKH, carry, index)
@@ -257,9 +282,20 @@ class Qwen3(nnx.Module):
     return linear(x, self.head(), out_dtype=wide)
 
 
+LAYER_INPUT = "layer_input"
+
+# What the backward pass finds of a layer beside its input; it computes the rest again.
 REMAT = {
+  "none": None,  # everything is kept
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
+  "attention": jax.checkpoint_policies.save_only_these_names(*RESIDUALS),  # of its kernel
   "layer": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # its input, on the host
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[LAYER_INPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
 }
 
 
@@ -302,13 +338,14 @@ def score(config: Qwen3Config, params: dict, batch, temperature: float, chunk: i
 
   Both are float32 [B, T], of logits / temperature, aligned at the target: 0 at the first token of a
   segment and on padding. No [T, V] array exists, forward or backward: logits stay inside a kernel,
-  or are made for `chunk` tokens of a row at a time.
+  or are made for `chunk` tokens of a row at a time. Beside an adapter the head is not trained.
   """
   model = bind(config, params)
   x_BTD = hidden(config, params, batch.tokens_BT, batch.positions_BT, batch.segments_BT)
   target_BT = jnp.roll(batch.tokens_BT, -1, axis=1)
+  frozen = any(map(is_adapted, jax.tree.leaves(params, is_leaf=is_adapted)))
   with jax.named_scope("head"):
-    scores = score_tokens(x_BTD, model.head(), target_BT, temperature, chunk)
+    scores = score_tokens(x_BTD, model.head(), target_BT, temperature, chunk, frozen)
   behind = lambda x_BT: jnp.pad(x_BT, ((0, 0), (1, 0)))[:, :-1]  # noqa: E731
   scored_BT = (batch.segments_BT == behind(batch.segments_BT)) & (batch.segments_BT > 0)
   logp_BT, entropy_BT = (jnp.where(scored_BT, behind(x_BT), 0) for x_BT in scores)

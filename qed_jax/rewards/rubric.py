@@ -10,17 +10,22 @@ comes back, so that the chat's reply cache answers it and nothing is paid twice.
 
 Departures from QED-Nano (training/pipelinerl, verifier_api.py): there a failed call or a missing
 tag scores 0 and the first of several tags wins; here the former give None (`on_invalid="zero"`
-brings the zeros back) and the latter is invalid.
+brings the zeros back) and the latter is invalid. The style "parity" reads replies as it did.
 """
 
+import asyncio
+import dataclasses
+import functools
 import hashlib
+import math
 import re
+import statistics
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from qed_jax import prompts, replies
-from qed_jax.chat import ChatError
+from qed_jax.chat import ChatError, Unavailable
 from qed_jax.records import Grade, Problem, Usage
 
 # Tags of our own prompts and others that judges know: in a submission they can only deceive.
@@ -40,6 +45,7 @@ _THINK_TAG = re.compile(r"<\s{0,9}/?\s{0,9}think\s{0,9}>", re.IGNORECASE)
 _SCORE = re.compile(r"<score>[ \t\r\n]*([0-9])[ \t\r\n]*</score>")
 
 
+@functools.lru_cache(maxsize=512)  # a proof is read several times
 def sanitise(text: str) -> str:
   """A copy of a submission that is safe to show to a judge.
 
@@ -48,14 +54,20 @@ def sanitise(text: str) -> str:
   markers such as <|im_start|> are set apart by a space: `0 <|x|` stays readable mathematics.
   """
   text = text.replace("\r\n", "\n").replace("\r", "\n")
-  text = text.translate({ord(char): None for char in set(text) if not _visible(char)})
-  shadow = text.translate({ord(char): _plain(char) for char in set(text)})
-  chars = list(text)
-  for match in _TURN.finditer(shadow):
-    chars[match.start()] += " "
-  for match in _TAG.finditer(shadow):
-    chars[match.start()] = "["
-  return "".join(chars)
+  odd = [char for char in set(text) if not " " <= char <= "~"]  # of which there are few
+  text = text.translate({ord(char): None for char in odd if not _visible(char)})
+  shadow = (
+    text.lower()
+    if text.isascii()
+    else text.translate({ord(char): _plain(char) for char in set(text)})
+  )
+  marks = {match.start(): text[match.start()] + " " for match in _TURN.finditer(shadow)}
+  marks |= {match.start(): "[" for match in _TAG.finditer(shadow)}
+  pieces, start = [], 0
+  for place in sorted(marks):
+    pieces += [text[start:place], marks[place]]
+    start = place + 1
+  return "".join([*pieces, text[start:]])
 
 
 def _visible(char: str) -> bool:
@@ -102,15 +114,62 @@ def parse_score(reply: str, scale: Collection[int]) -> int | None:
   return int(match[1]) if match and int(match[1]) in scale else None
 
 
+def parse_as_original(reply: str, scale: Collection[int]) -> int | None:
+  """What QED-Nano read in a reply: the first <score>digits</score> after the reasoning, and 0 where
+  there is none (verifier_api.py:503-523). Its one change: a score over 7, a reward over 1 there,
+  counts as 7. For comparison with the original only: a reply can be made to say anything."""
+  match = re.search(r"<score>(\d+)</score>", reply.rpartition(replies.END_THINK)[2])
+  digits = str(int(match[1][:9])) if match else "0"
+  return min(int(digits), max(scale))
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+  """How a judge is asked and read.
+
+  template: the name of a prompt. scale: the scores that it allows. parse: (reply, scale) -> score
+  or None. reads_cut: also a reply that was cut counts.
+  """
+
+  template: str
+  scale: tuple[int, ...]
+  parse: Callable[[str, Collection[int]], int | None] = parse_score
+  reads_cut: bool = False
+
+
+POINTS = tuple(range(8))
+STYLES = {
+  "strict": Style("judge", POINTS),  # a rubric, no reference: best in QED-Nano's study of graders
+  "reference": Style("judge_reference", POINTS),
+  "imo": Style("judge_imo", (0, 1, 6, 7)),
+  "parity": Style("judge", POINTS, parse_as_original, reads_cut=True),
+}
+
+
+def half_down(scores: Collection[int]) -> int:
+  """The mean, rounded to an integer; a half goes down, as a strict examiner would have it."""
+  return math.ceil(sum(scores) / len(scores) - 0.5)
+
+
+AGGREGATES: dict[str, Callable[[Collection[int]], int]] = {
+  "mean": half_down,
+  "median": statistics.median_low,
+  "min": min,
+}
+
+
 async def grade(
   problem: Problem,
   proof: str,
   chat: Any,
   *,
   template: str,
-  scale: Collection[int],
+  style: Style,
   attempts: int,
+  votes: int,
+  aggregate: str,
   on_invalid: str,
+  first: int = 0,
   **sampling: Any,
 ) -> Grade:
   """The judge's score of a proof.
@@ -120,17 +179,20 @@ async def grade(
   chat: the Chat protocol, an HttpChat or the engine's.
   template: text with {problem}, {marker}, {submission} and, if it uses them, {rubric}, {reference}
     and {scale}. A problem that lacks the rubric or reference asked for cannot be graded.
-  scale: scores that the prompt allows, out of 0..7.
+  style: its scale, out of 0..7, and how replies are read.
   attempts: fresh samples to ask for while the reply is invalid.
+  votes: independent readings. Their scores become one by `aggregate`, a name of AGGREGATES; there
+    is a grade where more than half of them succeed.
   on_invalid: "mask" gives None when no attempt succeeds, "zero" gives 0 as QED-Nano did.
+  first: the number of the first sample; another one asks for fresh readings of the same proof.
   sampling: goes to the chat: max_tokens, temperature, ...
 
-  Raises ValueError in one line for a template or setting that cannot work.
+  Raises ValueError in one line for a template or setting that cannot work, and Unavailable.
   """
   if on_invalid not in ("mask", "zero"):
     raise ValueError(f"on_invalid={on_invalid!r}: use 'mask' or 'zero'")
-  if not scale or not set(scale) <= set(range(8)):
-    raise ValueError(f"scale={tuple(scale)}: use scores from 0 to 7")
+  if not style.scale or not set(style.scale) <= set(POINTS):
+    raise ValueError(f"scale={tuple(style.scale)}: use scores from 0 to 7")
   wanted = prompts.fields(template)
   if lacking := sorted({"problem", "marker", "submission"} - wanted):
     raise ValueError(f"the judge's prompt has no {{{lacking[0]}}}: add it where it belongs")
@@ -139,8 +201,36 @@ async def grade(
   for name, value in [("rubric", problem.rubric), ("reference", problem.solution)]:
     if name in wanted and not value.strip():
       return Grade(None, f"failed: problem {problem.id} has no {name}, which the prompt needs")
+  readings = await asyncio.gather(*(
+    _read(problem, proof, chat, template, style, range(start, start + attempts), sampling)
+    for start in range(first, first + votes * attempts, attempts)
+  ))  # fmt: skip
+  valid = [reading for reading in readings if reading.score is not None]
+  usage = Usage()
+  for reading in readings:
+    usage = _add(usage, reading.usage)
+  if 2 * len(valid) <= votes:
+    lost = next(reading for reading in readings if reading.score is None)
+    score = 0 if on_invalid == "zero" else None
+    return Grade(score, lost.reason, lost.feedback, usage)
+  scores = tuple(reading.score for reading in valid)
+  score = AGGREGATES[aggregate](scores)
+  closest = min(valid, key=lambda reading: abs(reading.score - score))
+  return Grade(score, "graded", closest.feedback, usage, scores if votes > 1 else ())
+
+
+async def _read(
+  problem: Problem,
+  proof: str,
+  chat: Any,
+  template: str,
+  style: Style,
+  samples: Collection[int],
+  sampling: dict[str, Any],
+) -> Grade:
+  """One reading: samples are asked for until one of them can be read."""
   usage, reason, feedback = Usage(), "", ""
-  for sample in range(attempts):
+  for sample in samples:
     marker, submission = fence(problem, proof, sample)
     content = prompts.render(
       template,
@@ -149,24 +239,26 @@ async def grade(
       reference=problem.solution,
       marker=marker,
       submission=submission,
-      scale=", ".join(map(str, sorted(scale))),
+      scale=", ".join(map(str, sorted(style.scale))),
     )
     try:
       messages = [{"role": "user", "content": content}]
       [completion] = await chat(messages, seed=sample, **sampling)
+    except Unavailable:  # not this proof's misfortune: the run has to stop
+      raise
     except (ChatError, TimeoutError) as error:  # the chat has retried: to ask again would be to nag
       reason = f"failed: {error or 'the chat timed out'}"
       break
     usage = _add(usage, completion.usage)
     feedback = completion.text.rpartition(replies.END_THINK)[2].strip()
-    if completion.finish_reason != "stop":
+    if completion.finish_reason != "stop" and not style.reads_cut:
       reason = "invalid: the reply was cut, raise the judge's max_tokens"
       continue
-    score = parse_score(completion.text, scale)
+    score = style.parse(completion.text, style.scale)
     if score is not None:
       return Grade(score, "graded", feedback, usage)
     reason = "invalid: the reply does not hold exactly one score of the scale"
-  return Grade(0 if on_invalid == "zero" else None, reason, feedback, usage)
+  return Grade(None, reason, feedback, usage)
 
 
 def _add(a: Usage, b: Usage) -> Usage:

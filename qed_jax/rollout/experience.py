@@ -28,6 +28,7 @@ from qed_jax.records import Completion, Grade, Problem, Rollout
 from qed_jax.rollout.assembly import Group, Marks, assemble, marks
 from qed_jax.rollout.engine import Engine
 from qed_jax.rollout.engine_chat import EngineChat
+from qed_jax.rollout.judging import Judge
 from qed_jax.rollout.requests import RequestError
 from qed_jax.rollout.streaming import Window, share, together
 from qed_jax.rollout.weights import on_this_host
@@ -96,6 +97,8 @@ class Experience:
     self._again: dict | None = None  # restored state, until the first step
     self._resting = False
     self._loop = asyncio.new_event_loop()
+    if self.judge is not None:
+      self.judge.on_change(self.engine_chat.go_on)
     self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
     self._thread.start()
 
@@ -141,6 +144,8 @@ class Experience:
     batch, metrics = assemble(self.config, rollouts_PA, written, step, everyones_marks)
     if self.config.job == "cache_rl" and self.config.cache.replay:
       self._remember(done, step)
+    if self.judge is not None:
+      metrics |= self.judge.metrics()
     metrics |= {
       "roll_in_tokens": roll_in,
       "open_problems": still_open,
@@ -166,6 +171,8 @@ class Experience:
     """Gives up what is open and ends the thread."""
     if self._thread.is_alive():
       self._wait(self._cancel(), stoppable=False)
+      if self.judge is not None:
+        self._wait(self.judge.close(), stoppable=False)
       self._loop.call_soon_threadsafe(self._loop.stop)
       self._thread.join()
       self._loop.close()
@@ -208,8 +215,9 @@ class Experience:
   def _hold(self) -> bool:
     """Whether the engine rests. In the order of admission it does so as soon as the next step is
     sampled, not when a judge is done with it: how far later work gets must not depend on a clock.
+    While a judge's endpoint is down nothing is sampled that it would have to grade.
     """
-    if self._resting:
+    if self._resting or (self.judge is not None and self.judge.paused):
       return True
     rollout = self.config.rollout
     if rollout.order == "admission" and rollout.placement == "colocated":
@@ -249,6 +257,11 @@ class Experience:
 
   def _sampled_tokens(self) -> int:
     return self.engine.counters.sampled_tokens
+
+  @property
+  def judge(self) -> Judge | None:
+    """Who grades, if that is a model."""
+    return self.grade if isinstance(self.grade, Judge) else None
 
   # --- prompts -------------------------------------------------------------------------------
 
@@ -353,10 +366,14 @@ class Experience:
       nothing = Completion(text="", finish_reason="length")
       lost = Grade(None, f"not sampled: {error}")
       return [rollout_of(group, messages, nothing, lost, i) for i in range(count)]
-    sampled()
+    grading_samples = self.judge is not None and self.judge.in_engine
+    if not grading_samples:
+      sampled()
     grades = await asyncio.gather(
       *(self.grade(problem, split_proof(c.text)[1]) for c in completions)
     )
+    if grading_samples:  # the engine must not rest before
+      sampled()
     return [
       rollout_of(group, messages, completion, grade, i)
       for i, (completion, grade) in enumerate(zip(completions, grades, strict=True))

@@ -1,29 +1,25 @@
 """What each job trains on: its data, its tokenizer, and its stream of Batches."""
 
 import dataclasses
-import functools
-import os
 import tempfile
-from pathlib import Path
 
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from qed_jax import hosts, metrics, prompts, records, sharding
-from qed_jax.chat import Endpoint, HttpChat
 from qed_jax.data import problems, sft, tiny_world
 from qed_jax.data import tokenizer as tokenizers
-from qed_jax.rewards import answer, exact, rubric
-from qed_jax.rollout import policy, weights
+from qed_jax.rollout import judging, policy, weights
 from qed_jax.rollout.device import Shapes
 from qed_jax.rollout.engine import Engine
 from qed_jax.rollout.engine_chat import EngineChat
 from qed_jax.rollout.experience import Experience
+from qed_jax.rollout.judging import grader
 from qed_jax.scaffolds.proof import split_proof
 
 TINY_WORLD = "tiny_world"
-COMPARISON_S = 10.0  # for one final answer against another
 
 
 def tokenizer(config, start: policy.Start, root: epath.Path) -> tokenizers.Tokenizer:
@@ -166,14 +162,23 @@ def stream(config, model, mesh, tokenizer, examples, start, params_layout, root,
       f"{config.batch.row_length}: a row must hold the longest rollout"
     )
   engine = make_engine(model, mesh, config.rollout, tokenizer)
+  here = (config, model, mesh, tokenizer, start, params_layout)
   summariser = None
   if config.job == "cache_rl" and config.cache.summariser:
-    summariser = frozen_summariser(config, model, mesh, tokenizer, start, params_layout)
+    name, revision = config.cache.summariser, config.cache.summariser_revision
+    summariser = frozen_chat(name, revision, "config.cache.summariser", *here)
   templates = {"reason": prompts.load(config.rollout.prompt)}
   if config.job == "cache_rl":
     templates["summarise"] = prompts.load(config.cache.summarise)
-  grade = grader(config.judge, root)
-  return Experience(config, examples, engine, tokenizer, summariser, grade, templates, stopped)
+  if config.judge.reward != "rubric" or not config.judge.engine:
+    grade = grader(config.judge, root)
+    judging.check(grade)
+    return Experience(config, examples, engine, tokenizer, summariser, grade, templates, stopped)
+  name, revision = config.judge.engine, config.judge.engine_revision
+  own = None if name == "policy" else frozen_chat(name, revision, "config.judge.engine", *here)
+  made = Experience(config, examples, engine, tokenizer, summariser, None, templates, stopped)
+  made.grade = grader(config.judge, root, own or made.chat)
+  return made
 
 
 def make_engine(model, mesh, block, tokenizer: tokenizers.Tokenizer) -> Engine:
@@ -192,83 +197,25 @@ def make_engine(model, mesh, block, tokenizer: tokenizers.Tokenizer) -> Engine:
   )
 
 
-def frozen_summariser(config, model, mesh, tokenizer, start, params_layout):
-  """A chat on parameters that are never updated: another checkpoint, or where this run began."""
-  name = config.cache.summariser
+def frozen_chat(name, revision, field, config, model, mesh, tokenizer, start, params_layout):
+  """A chat on parameters that are never updated: another checkpoint, or ("init") where this run
+  began. name, revision: the values of `field` and of its revision."""
   if name == "init":
     frozen, sizes, words = start, model, tokenizer
   else:
-    frozen = policy.locate(name, config.cache.summariser_revision, "config.cache.summariser")
+    frozen = policy.locate(name, revision, field)
     sizes, words = policy.sizes(frozen, config.model), tokenizers.load(frozen.folder)
     if hosts.count() > 1:  # read by all together, each its part, like what is trained
       mesh_of_all = jax.tree.leaves(params_layout)[0].sharding.mesh
       params_layout = policy.abstract_params(sizes, mesh_of_all, config.model.dtype)
     else:
       params_layout = policy.abstract_params(sizes, mesh, config.model.dtype)
-  engine = make_engine(sizes, mesh, config.rollout, words)
+  block = ConfigDict(config.rollout.to_dict())
+  block.slots, block.pages = config.cache.slots, config.cache.pages
+  engine = make_engine(sizes, mesh, block, words)
   params = policy.load_params(frozen, sizes, params_layout, config.seed)
   engine.set_params(weights.on_this_host(sizes, params), 0)
   return EngineChat(engine, words, config.seed).chat
-
-
-def grader(judge, root: epath.Path):
-  """async (problem, proof) -> Grade, by the kind that config.judge.reward names."""
-  if judge.reward == "answer":
-    return functools.partial(answer.grade, checker=answer.Checker(COMPARISON_S))
-  if judge.reward == "rubric":
-    return rubric_grader(judge, root)
-
-  async def grade(problem, proof):
-    return exact.grade(problem, proof)
-
-  return grade
-
-
-def rubric_grader(judge, root: epath.Path):
-  """A judge model over HTTP. Raises ValueError when its environment variables are not set."""
-  base_url = os.environ.get(judge.base_url_env)
-  if not base_url:
-    raise ValueError(
-      f"the judge needs an endpoint: set {judge.base_url_env} (and {judge.api_key_env}), "
-      "for example to a `python -m qed_jax.serve` or vLLM server"
-    )
-  effort = {"responses": {"reasoning": {"effort": judge.reasoning_effort}}}.get(
-    judge.api, {"reasoning_effort": judge.reasoning_effort}
-  )
-  chat = HttpChat(
-    Endpoint(
-      base_url=base_url,
-      model=judge.model,
-      api=judge.api,
-      key_env=judge.api_key_env if judge.api_key_env in os.environ else "",
-      hides_thinking=True,
-      extra_body=effort if judge.reasoning_effort else {},
-    ),
-    concurrency=judge.concurrency,
-    timeout=judge.timeout_s,
-    deadline=judge.deadline_s,
-    attempts=judge.retries,
-    token_budget=judge.token_budget,
-    cache=replies_of_this_host(judge.cache, root),
-  )
-  return functools.partial(
-    rubric.grade,
-    chat=chat,
-    template=prompts.load(judge.template),
-    scale=tuple(judge.scale),
-    attempts=judge.samples,
-    on_invalid=judge.on_invalid,
-    max_tokens=judge.max_tokens,
-    temperature=judge.temperature,
-  )
-
-
-def replies_of_this_host(name: str, root: epath.Path) -> str:
-  """Where the judge's replies are kept, "" for nowhere: two hosts cannot append to one file."""
-  if name and hosts.index():
-    path = Path(name)
-    name = str(path.with_name(f"{path.stem}.host{hosts.index()}{path.suffix}"))
-  return str(root / name) if name and "://" not in str(root) else name
 
 
 class SampleLog:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from qed_jax.chat import ChatError
 from qed_jax.records import Completion, Usage
 from qed_jax.rollout import sampler, sampling
 
 
-class RequestError(ValueError):
+class RequestError(ChatError, ValueError):
   """A request that the engine cannot serve; the others go on."""
 
 

@@ -88,24 +88,28 @@ def create_state(
   config: qwen3.Qwen3Config, slots: int, pages: int, page: int, kv_dtype: str, by_layer: bool, mesh
 ) -> SamplingState:
   """Free slots and zeroed pages, laid out over the mesh. by_layer: as weights.by_layer says."""
-
-  def create():
-    zeros_B = jnp.zeros(slots, jnp.int32)
-    return SamplingState(
-      kv_cache=kv.create(config, pages, page, kv_dtype, by_layer),
-      token_B=zeros_B,
-      position_B=zeros_B,
-      remaining_B=zeros_B,
-      key_B=sampling.attempt_keys(*[jnp.zeros(slots, jnp.uint32)] * 3),
-      stop_BS=jnp.full((slots, MAX_STOP_IDS), NO_TOKEN, jnp.int32),
-      controls=dataclasses.replace(
-        jax.tree.map(jnp.asarray, sampling.neutral(slots)), temperature_B=jnp.zeros(slots)
-      ),
-      history=sampling.empty_history(slots, config.vocab_size),
-    )
-
+  new = functools.partial(new_state, config, slots, pages, page, kv_dtype, by_layer)
   with jax.set_mesh(mesh):
-    return jax.jit(lambda: _constrain(create()))()
+    return jax.jit(lambda: _constrain(new()))()
+
+
+def new_state(
+  config: qwen3.Qwen3Config, slots: int, pages: int, page: int, kv_dtype: str, by_layer: bool
+) -> SamplingState:
+  """The same, wherever it is made."""
+  zeros_B = jnp.zeros(slots, jnp.int32)
+  return SamplingState(
+    kv_cache=kv.create(config, pages, page, kv_dtype, by_layer),
+    token_B=zeros_B,
+    position_B=zeros_B,
+    remaining_B=zeros_B,
+    key_B=sampling.attempt_keys(*[jnp.zeros(slots, jnp.uint32)] * 3),
+    stop_BS=jnp.full((slots, MAX_STOP_IDS), NO_TOKEN, jnp.int32),
+    controls=dataclasses.replace(
+      jax.tree.map(jnp.asarray, sampling.neutral(slots)), temperature_B=jnp.zeros(slots)
+    ),
+    history=sampling.empty_history(slots, config.vocab_size),
+  )
 
 
 def _constrain(state: SamplingState) -> SamplingState:

@@ -40,7 +40,7 @@ class StepLog:
 
   def __init__(self, root: epath.Path, config, model: qwen3.Qwen3Config, first: int, lag: int):
     """first: the step that the run goes on from. lag: dispatched steps whose metrics may wait."""
-    self.model, self.lag = model, lag
+    self.model, self.lag, self.frozen = model, lag, config.lora.rank > 0
     self.every, self.last = config.log.every, config.steps
     self.writer = metrics.MetricWriter(root, first)
     self.samples = SampleLog(root / "samples.jsonl", first, config.log.samples)
@@ -67,7 +67,7 @@ class StepLog:
     batch = step.batch
     tokens, work = hosts.totals(
       int(np.sum(batch.segments_BT > 0)),
-      flops.training(self.model, batch.positions_BT, batch.segments_BT),
+      flops.training(self.model, batch.positions_BT, batch.segments_BT, self.frozen),
     )
     info |= {"seconds/train": seconds, "tokens_per_s/train": tokens / max(seconds, 1e-9)}
     info |= utilisation(work, seconds)

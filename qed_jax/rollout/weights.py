@@ -12,7 +12,8 @@ import functools
 
 import jax
 
-from qed_jax.model import qwen3
+from qed_jax.model import lora, qwen3
+from qed_jax.model.layers import Adapted
 from qed_jax.sharding import (
   WEIGHTS,
   replica_meshes,
@@ -33,7 +34,8 @@ def by_layer(mesh) -> bool:
 def check(config: qwen3.Qwen3Config, params: dict) -> None:
   """Raises ValueError, one line, when paths or shapes are not those of the model."""
   expected = qwen3.shapes(config)
-  found = {path: tuple(x.shape) for path, x in qwen3.flatten(params).items()}
+  leaves = {p: x.w if isinstance(x, Adapted) else x for p, x in qwen3.flatten(params).items()}
+  found = {path: tuple(x.shape) for path, x in leaves.items()}
   for path in sorted(expected.keys() | found.keys()):
     if expected.get(path) != found.get(path):
       raise ValueError(
@@ -52,12 +54,8 @@ def on_this_host(config: qwen3.Qwen3Config, params: dict) -> dict:
   if len({device.process_index for device in mesh.devices.flat}) == 1:
     return params
   everyone = within_hosts(mesh.devices.flat, mesh.shape["tensor"])
-  dims = {path: qwen3.DIMS[path] for path in qwen3.shapes(config)}
-  whole = jax.device_put(
-    _cast(params, config.dtype),
-    qwen3.unflatten(shardings(SAMPLED, everyone, dims, qwen3.shapes(config))),
-  )
-  here = qwen3.unflatten(shardings(SAMPLED, this_hosts_rows(everyone), dims, qwen3.shapes(config)))
+  whole = jax.device_put(_cast(params, config.dtype), layout(params, everyone))
+  here = layout(params, this_hosts_rows(everyone))
 
   def own(x, sharding):
     shards = [shard.data for shard in x.addressable_shards]
@@ -73,12 +71,10 @@ def sampler_params(config: qwen3.Qwen3Config, params: dict, mesh) -> list[dict]:
   accelerators leaves that need no change are the caller's own arrays, not copies.
   """
   replicas = replica_meshes(mesh)
-  dims = {path: qwen3.DIMS[path] for path in qwen3.shapes(config)}
-  layout = qwen3.unflatten(shardings(SAMPLED, side_by_side(mesh), dims, qwen3.shapes(config)))
-  whole = jax.device_put(_cast(params, config.dtype), layout)
+  whole = jax.device_put(_cast(params, config.dtype), layout(params, side_by_side(mesh)))
 
   def part(replica):
-    own = qwen3.unflatten(shardings(SAMPLED, replica, dims, qwen3.shapes(config)))
+    own = layout(params, replica)
     devices = set(replica.devices.flat)
 
     def of_devices(x, sharding):
@@ -89,6 +85,11 @@ def sampler_params(config: qwen3.Qwen3Config, params: dict, mesh) -> list[dict]:
     return _for_cpu(config, here) if by_layer(replica) else here
 
   return [part(replica) for replica in replicas]
+
+
+def layout(params: dict, mesh) -> dict:
+  """Shardings of the sampler's parameters: split over `tensor`, the width D whole."""
+  return shardings(SAMPLED, mesh, lora.letters_in(params), jax.tree.map(lambda x: x.shape, params))
 
 
 def model_view(config: qwen3.Qwen3Config, params: dict) -> tuple[qwen3.Qwen3Config, dict]:
@@ -126,6 +127,8 @@ def _each(turn, config, layer: dict) -> dict:
 
 def _turn(letters: str, shape: tuple, x):
   """NHD, FD -> [in, out] = [D, N H]; DNH, DF -> [N H, D]; norm scales stay."""
+  if isinstance(x, Adapted):  # the factors are small, and stay as they are
+    return dataclasses.replace(x, w=_turn(letters, shape, x.w))
   if len(letters) == 1:
     return x
   outputs = -1 if letters.endswith("D") else shape[0]
@@ -133,4 +136,6 @@ def _turn(letters: str, shape: tuple, x):
 
 
 def _turn_back(letters: str, shape: tuple, x):
+  if isinstance(x, Adapted):
+    return dataclasses.replace(x, w=_turn_back(letters, shape, x.w))
   return x if len(letters) == 1 else x.T.reshape(shape)

@@ -6,16 +6,27 @@ serves both: training takes `states` of it as prompts, evaluation its proof afte
 
 Departures from the original: a trace that was cut is summarised as it stands (there it became an
 empty candidate); an empty summary keeps the previous one; training and evaluation use the same
-templates; and the original draws its states before the last summary exists, with a dummy
-fourth state, which here is simply the summary after the last turn (`summarise_last`).
+templates; the original draws its states before the last summary exists, with a dummy
+fourth state, which here is simply the summary after the last turn (`summarise_last`); and the
+solution's proof is that of the last turn that has one, while the original returned nothing where
+the last trace was cut.
+
+Calls: `turns` to reason and one fewer to summarise, all in one chain. A failed call to reason ends
+the run with the turns before it; a failed summary keeps the one before.
 """
 
 import dataclasses
-import zlib
 
 from qed_jax.prompts import render
 from qed_jax.records import Completion, Problem, Solution, Turn
+from qed_jax.scaffolds.calls import Calls, user
+from qed_jax.scaffolds.calls import turn_seed as turn_seed  # training and evaluation take it here
 from qed_jax.scaffolds.proof import split_proof
+
+FIELDS = {
+  "reason_template": {"problem", "summary"},
+  "summarise_template": {"problem", "existing_summary", "reasoning"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,25 +42,24 @@ class State:
   writer: Completion | None = None
 
 
-def turn_seed(seed: int, *parts) -> int:
-  """A 31-bit seed for one call of a run, the same on every machine and in every order."""
-  return zlib.crc32(repr((seed, *parts)).encode()) >> 1
-
-
 def reason_messages(template: str, problem: Problem, summary: str) -> list[dict[str, str]]:
   """The prompt of a turn, used unchanged in training and evaluation."""
-  content = render(template, problem=problem.statement, summary=summary)
-  return [{"role": "user", "content": content}]
+  return [user(render(template, problem=problem.statement, summary=summary))]
+
+
+def summary_messages(
+  template: str, problem: Problem, summary: str, reasoning: str
+) -> list[dict[str, str]]:
+  """The prompt of a summary."""
+  values = {"existing_summary": summary, "reasoning": reasoning}
+  return [user(render(template, problem=problem.statement, **values))]
 
 
 async def summarise(
   problem: Problem, summary: str, reasoning: str, chat, *, template: str, seed: int, sampling: dict
 ) -> Completion:
   """A new summary out of the last one and the latest reasoning; no thinking of its own."""
-  content = render(
-    template, problem=problem.statement, existing_summary=summary, reasoning=reasoning
-  )
-  messages = [{"role": "user", "content": content}]
+  messages = summary_messages(template, problem, summary, reasoning)
   [completion] = await chat(messages, n=1, seed=seed, thinking=False, **sampling)
   return completion
 
@@ -74,27 +84,31 @@ async def solve(
   that every turn costs at most their two budgets. summariser: another chat for the summaries (a
   frozen model), or None for `chat` itself. The last turn is summarised only with summarise_last.
   """
-  summariser = summariser or chat
+  calls = Calls.of(chat, summariser)
   done = []
   for index in range(1, turns + 1):
     messages = reason_messages(reason_template, problem, summary)
-    [completion] = await chat(messages, n=1, seed=turn_seed(seed, "reason", index), **reason)
+    completion = await calls.ask("reason", messages, seed, index, sampling=reason)
+    if completion is None:
+      break
     reasoning, proof = split_proof(completion.text)
     turn = Turn(index=index, summary_before=summary, completion=completion, proof=proof)
     if index < turns or summarise_last:
-      written = await summarise(
-        problem,
-        summary,
-        reasoning,
-        summariser,
-        template=summarise_template,
-        seed=turn_seed(seed, "summarise", index),
+      written = await calls.ask(
+        "summarise",
+        summary_messages(summarise_template, problem, summary, reasoning),
+        seed,
+        index,
         sampling=summarise_sampling,
+        thinking=False,
+        summarises=True,
       )
-      summary = split_proof(written.text)[1] or written.text.strip() or summary
+      if written is not None:
+        summary = split_proof(written.text)[1] or written.text.strip() or summary
       turn = dataclasses.replace(turn, summary_completion=written, summary_after=summary)
     done.append(turn)
-  return Solution(problem, done[-1].proof, tuple(done))
+  proofs = [turn.proof for turn in done if turn.proof]
+  return calls.solution(problem, proofs[-1] if proofs else "", tuple(done))
 
 
 def states(solution: Solution) -> tuple[State, ...]:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from qed_kernels.choice import first_that_serves, known, on_tpu
 from qed_kernels.flash_attention import cudnn, pallas_gpu, pallas_tpu, reference, xla
+from qed_kernels.flash_attention.residuals import RESIDUALS as RESIDUALS
 
 IMPLEMENTATIONS = {
   "reference": reference.flash_attention,

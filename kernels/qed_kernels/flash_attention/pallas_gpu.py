@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mg
 
 from qed_kernels import hopper
+from qed_kernels.flash_attention.residuals import named
 from qed_kernels.hopper import COLUMN, LOWEST, MATRIX, ROW, ROWS, UNSEEN
 
 QUERIES = 2 * ROWS  # of a block of threads, half a warpgroup's each; also its keys for dK, dV
@@ -91,7 +92,7 @@ def attention(scale: float, interpret: Any, q_BTNH, k_BSKH, v_BSKH, plan: Plan):
 
 
 def attention_forward(scale, interpret, q_BTNH, k_BSKH, v_BSKH, plan):
-  o_BTNH, lse2_BNT = forward(scale, interpret, q_BTNH, k_BSKH, v_BSKH, plan)
+  o_BTNH, lse2_BNT = named(*forward(scale, interpret, q_BTNH, k_BSKH, v_BSKH, plan))
   return (o_BTNH, lse2_BNT / LOG2E), (q_BTNH, k_BSKH, v_BSKH, plan, o_BTNH, lse2_BNT)
 
 

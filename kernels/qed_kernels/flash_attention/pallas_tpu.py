@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qed_kernels import choice
+from qed_kernels.flash_attention.residuals import named
 from qed_kernels.flash_attention.tiles import FIRST, LAST, MASKED, VALID, Tiles, tiles
 
 LANES = 128
@@ -134,7 +135,7 @@ def attention(scale: float, interpret: Any, q_BKGTH, k_BKSH, v_BKSH, plan: Plan)
 
 
 def attention_forward(scale, interpret, q_BKGTH, k_BKSH, v_BKSH, plan):
-  o_BKGTH, lse2_BKQ1X = forward(scale, interpret, q_BKGTH, k_BKSH, v_BKSH, plan)
+  o_BKGTH, lse2_BKQ1X = named(*forward(scale, interpret, q_BKGTH, k_BKSH, v_BKSH, plan))
   lse_BKGT = from_rows(lse2_BKQ1X, q_BKGTH.shape) / LOG2E
   return (o_BKGTH, lse_BKGT), (q_BKGTH, k_BKSH, v_BKSH, plan, o_BKGTH, lse2_BKQ1X)
 

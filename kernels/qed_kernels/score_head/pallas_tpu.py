@@ -61,7 +61,7 @@ def blocks(M: int, V: int, D: int, itemsize: int) -> Blocks:
   return Blocks(group, tokens, vocabulary, vmem, halves)
 
 
-def score_head(x_BTD, w_VD, target_BT, temperature, chunk: int, pin):
+def score_head(x_BTD, w_VD, target_BT, temperature, chunk: int, pin, frozen: bool):
   """As the reference, in float32. The chunks of the XLA implementation mean nothing here."""
   limits(x_BTD, pin)
   B, T, D = x_BTD.shape
@@ -70,7 +70,7 @@ def score_head(x_BTD, w_VD, target_BT, temperature, chunk: int, pin):
   x_MD = jnp.pad(x_BTD.reshape(-1, D), ((0, pad), (0, 0)))
   target_M = jnp.pad(target_BT.reshape(-1), (0, pad))
   temperature = jnp.asarray(temperature, jnp.float32)
-  out = score(not choice.on_tpu(), b, temperature, x_MD, w_VD, target_M)
+  out = score(not choice.on_tpu(), b, frozen, temperature, x_MD, w_VD, target_M)
   return tuple(x_M[: B * T].reshape(B, T) for x_M in out)
 
 
@@ -86,19 +86,19 @@ def limits(x_BTD, pin) -> None:
     raise NotImplementedError(f"pallas_tpu: width {D} in {dtype}; at most {known}")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def score(interpret: Any, b: Blocks, temperature, x_MD, w_VD, target_M):
-  """logp_M and entropy_M of padded tokens."""
-  return score_forward(interpret, b, temperature, x_MD, w_VD, target_M)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def score(interpret: Any, b: Blocks, frozen: bool, temperature, x_MD, w_VD, target_M):
+  """logp_M and entropy_M of padded tokens. frozen: no gradient of w_VD is made."""
+  return score_forward(interpret, b, frozen, temperature, x_MD, w_VD, target_M)[0]
 
 
-def score_forward(interpret, b, temperature, x_MD, w_VD, target_M):
+def score_forward(interpret, b, frozen, temperature, x_MD, w_VD, target_M):
   out = forward(interpret, b, LOG2E / temperature, x_MD, w_VD.astype(x_MD.dtype), target_M)
   logp_M, entropy_M, lse2_M = (x_G1g.reshape(-1) for x_G1g in out)
   return (logp_M, entropy_M), (temperature, x_MD, w_VD, target_M, entropy_M, lse2_M)
 
 
-def score_backward(interpret, b, kept, cotangents):
+def score_backward(interpret, b, frozen, kept, cotangents):
   """d logp / d z = [target] - p, and d entropy / d z = -p (log p + entropy)."""
   temperature, x_MD, w_VD, target_M, entropy_M, lse2_M = kept
   dlogp_M, dentropy_M = cotangents
@@ -109,8 +109,10 @@ def score_backward(interpret, b, kept, cotangents):
   step = functools.partial(backward, interpret, b, LOG2E / temperature, w_low_VD)
   groups = lambda x_M: x_M.reshape(-1, b.group, *x_M.shape[1:])  # noqa: E731
   tokens = [groups(x_M) for x_M in (x_MD, target_M, lse2_M, *factors_M)]
-  dw_VD, dx_Ggd = lax.scan(step, jnp.zeros(w_VD.shape, jnp.float32), tokens)
-  return None, dx_Ggd.reshape(x_MD.shape), dw_VD.astype(w_VD.dtype), None
+  zeros_VD = None if frozen else jnp.zeros(w_VD.shape, jnp.float32)
+  dw_VD, dx_Ggd = lax.scan(step, zeros_VD, tokens)
+  dw_VD = jnp.zeros_like(w_VD) if frozen else dw_VD.astype(w_VD.dtype)
+  return None, dx_Ggd.reshape(x_MD.shape), dw_VD, None
 
 
 score.defvjp(score_forward, score_backward)
@@ -224,6 +226,7 @@ def forward_kernel(
 def backward(interpret, b: Blocks, scale, w_VD, dw_VD, tokens):
   """A group's part of the gradients -> dw_VD with it added, in place, and dx_gd.
 
+  dw_VD: None where none is wanted: a third of the products, and the array, are then left out.
   tokens: x_gd, target_g, lse_g in base 2, and the three factors of d logit.
   """
   x_gd, target_g, *rows_g = tokens
@@ -234,42 +237,54 @@ def backward(interpret, b: Blocks, scale, w_VD, dw_VD, tokens):
   block = lambda h, v: jnp.minimum(h * steps + v, last)  # noqa: E731
   vocabulary = pl.BlockSpec((b.vocabulary, D), lambda h, v, t: (block(h, v), 0))
   rows = pl.BlockSpec((tiles, 1, b.tokens), lambda h, v, t: (0, 0, 0))
-  dw_VD, dx_hgd = pl.pallas_call(
-    functools.partial(backward_kernel, b=b, V=V),
+  frozen = dw_VD is None
+  dw = [] if frozen else [dw_VD]
+  *dw_after, dx_hgd = pl.pallas_call(
+    functools.partial(backward_kernel, b=b, V=V, frozen=frozen),
     name="score_backward",
     grid=(b.halves, steps, tiles),
     in_specs=[
       pl.BlockSpec((b.group, D), lambda h, v, t: (0, 0)),
       vocabulary,
-      vocabulary,
+      *[vocabulary] * len(dw),
       *[rows] * 5,
       SCALAR,
     ],
-    out_specs=[vocabulary, pl.BlockSpec((None, b.group, D), lambda h, v, t: (h, 0, 0))],
-    out_shape=[dw_VD, jax.ShapeDtypeStruct((b.halves, b.group, D), x_gd.dtype)],
+    out_specs=[
+      *[vocabulary] * len(dw),
+      pl.BlockSpec((None, b.group, D), lambda h, v, t: (h, 0, 0)),
+    ],
+    out_shape=[*dw, jax.ShapeDtypeStruct((b.halves, b.group, D), x_gd.dtype)],
     scratch_shapes=[pltpu.VMEM((b.group, D), jnp.float32)],
-    input_output_aliases={2: 0},
+    input_output_aliases={} if frozen else {2: 0},
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=b.vmem
     ),
-    cost_estimate=cost(x_gd, w_VD, 3, 5),
+    cost_estimate=cost(x_gd, w_VD, *((2, 1) if frozen else (3, 5))),
     interpret=interpret,
   )(
-    x_gd, w_VD, dw_VD,
+    x_gd, w_VD, *dw,
     *(x_g.reshape(tiles, 1, b.tokens) for x_g in (target_g, *rows_g)),
     scale.reshape(1),
   )  # fmt: skip
-  return dw_VD, jnp.sum(dx_hgd, axis=0) if b.halves > 1 else dx_hgd[0]
+  if frozen:
+    # With one output XLA would fuse the kernel with what stores it, and forget its limit of VMEM.
+    dx_hgd = lax.optimization_barrier(dx_hgd)
+  dx_gd = jnp.sum(dx_hgd, axis=0) if b.halves > 1 else dx_hgd[0]
+  return None if frozen else dw_after[0], dx_gd
 
 
 def backward_kernel(
-  x_ref, w_ref, dw_before_ref, target_ref, lse_ref, one_ref, logp_ref, hit_ref,
-  scale_ref, dw_ref, dx_ref, dx_sum_ref, *, b: Blocks, V: int,
+  x_ref, w_ref, *refs, b: Blocks, V: int, frozen: bool,
 ):  # fmt: skip
-  """One tile: logits again, d logits, and the two products with them.
+  """One tile: logits again, d logits, and the product or, with that for dw, two with them.
 
-  one_ref, logp_ref, hit_ref: the factors of d logit.
+  refs: of dw before, where it is wanted; targets; lse; the factors of d logit, which are of one,
+  logp and hit; the scale; dw; dx; dx summed.
   """
+  dw_before_ref, refs = (None, refs) if frozen else (refs[0], refs[1:])
+  target_ref, lse_ref, one_ref, logp_ref, hit_ref, scale_ref, *refs = refs
+  dw_ref, dx_ref, dx_sum_ref = (None, *refs) if frozen else refs
   v, t = pl.program_id(1), pl.program_id(2)
   block = pl.program_id(0) * pl.num_programs(1) + v
   part = pl.ds(pl.multiple_of(t * b.tokens, b.tokens), b.tokens)
@@ -278,9 +293,11 @@ def backward_kernel(
   def _():
     dx_sum_ref[part, :] = jnp.zeros((b.tokens, dx_sum_ref.shape[1]), jnp.float32)
 
-  @pl.when((t == 0) & (block * b.vocabulary < V))
-  def _():
-    dw_ref[...] = dw_before_ref[...]
+  if not frozen:
+
+    @pl.when((t == 0) & (block * b.vocabulary < V))
+    def _():
+      dw_ref[...] = dw_before_ref[...]
 
   def body(count) -> None:
     x_td, w_vd = x_ref[part, :], w_ref[...]
@@ -296,7 +313,8 @@ def backward_kernel(
       one_ref[t] + logp_ref[t] * logp_vt
     )
     dz_vt = dz_vt.astype(x_td.dtype)
-    dw_ref[...] += dot(dz_vt, x_td, X_X)
+    if not frozen:
+      dw_ref[...] += dot(dz_vt, x_td, X_X)
     dx_sum_ref[part, :] += dot(dz_vt, w_vd, XT_X)
 
   each_block(V, b.vocabulary, block, body)

@@ -3,6 +3,8 @@
 "use strict";
 
 const LONGEST_FORMULA = 20000; // characters; a longer one is shown as it is
+const LONGEST_BLOCK = 20000; // the same; searching a block for formulas can take its length squared
+const DEEPEST_FORMULA = 100; // elements in one another; browsers lay deeper ones out slowly
 const TEMML = { throwOnError: true, trust: false, maxExpand: 1000, maxSize: [40, 400] };
 const ENVIRONMENTS = "equation|align|alignat|gather|multline|eqnarray|split|cases|array|[pbvBV]?matrix";
 const INLINE = new RegExp(
@@ -27,12 +29,22 @@ function element(tag, className, ...children) {
   return node;
 }
 
+function deeper(node, levels) {
+  let row = [node];
+  for (; row.length && levels; levels--) row = row.flatMap((parent) => [...parent.children]);
+  return row.length > 0;
+}
+
 // source: as it stands in the text, shown where Temml cannot read it.
 function formula(tex, display, source) {
   const node = element("span", display ? "display" : "formula");
   try {
     if (tex.length > LONGEST_FORMULA) throw new RangeError("too long");
     temml.render(tex, node, { ...TEMML, displayMode: display });
+    if (deeper(node, DEEPEST_FORMULA)) throw new RangeError("too deep");
+    // \ref would be a link to anywhere on the page, and \label an id that the page's scripts use.
+    if (node.querySelector("a")) throw new RangeError("a link");
+    for (const named of node.querySelectorAll("[id]")) named.removeAttribute("id");
   } catch (error) {
     node.replaceChildren(element("code", "", source));
   }
@@ -74,6 +86,7 @@ function list(lines) {
 }
 
 function block(source) {
+  if (source.length > LONGEST_BLOCK) return element("pre", "", source);
   const heading = source.match(/^(#{1,6})\s+(.+)$/);
   if (heading) return element(`h${Math.min(heading[1].length + 1, 4)}`, "", ...inline(heading[2]));
   if (/^\s*(?:[-*_]\s*){3,}$/.test(source)) return element("hr");

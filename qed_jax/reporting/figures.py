@@ -6,6 +6,7 @@ import math
 import statistics
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
@@ -16,6 +17,8 @@ PANELS = (
 )  # fmt: skip
 MOST_POINTS = 400
 MOST_LINES = 8
+MOST_DRAWN = 12  # runs, and benchmarks, of one picture; tables have all
+ACROSS = 3  # pictures of judges beside one another
 
 INK, GRID = "#24292f", "#d0d7de"
 COLOURS = ("#0b6bcb", "#c2570c", "#1a7f37", "#8250df", "#bf3989", "#0f766e", "#6e7781", "#9a6700")
@@ -141,6 +144,78 @@ def scores_by_length(results: list[dict]) -> Figure:
   return figure
 
 
+def colours(rows: list[dict], key: str) -> dict[str, str]:
+  names = dict.fromkeys(row[key] for row in rows)
+  return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+
+
+def by_benchmark(rows: list[dict]) -> Figure:
+  """Benchmarks down the page, in each a point with its interval for each of the first runs."""
+  colour = dict(list(colours(rows, "run").items())[:MOST_DRAWN])
+  names = list(dict.fromkeys(row["benchmark"] for row in rows if row["run"] in colour))[:MOST_DRAWN]
+  rows = [row for row in rows if row["run"] in colour and row["benchmark"] in names]
+  height = 1.4 + len(names) * max(0.5, 0.2 * len(colour))
+  figure = Figure(figsize=(11, height), layout="constrained")
+  ax = figure.subplots()
+  for i, (run, look) in enumerate(colour.items()):
+    found = [row for row in rows if row["run"] == run]
+    shift = (i - (len(colour) - 1) / 2) * 0.7 / len(colour)
+    y = [names.index(row["benchmark"]) + shift for row in found]
+    x = [row["score"] for row in found]
+    ax.errorbar(x, y, xerr=spread(found), color=look, fmt="o", ms=5, capsize=3, label=short(run))
+  ax.set_yticks(range(len(names)), [short(n) or "no benchmark named" for n in names])
+  ax.set_ylim(len(names) - 0.45, -0.55)
+  ax.set(xlabel="mean score", xlim=span(rows))
+  ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+  return figure
+
+
+def by_tokens(curves: dict[str, list[dict]]) -> Figure:
+  """Score after each turn over the tokens written up to there, a line for each run drawn."""
+  curves = dict(list(curves.items())[:MOST_DRAWN])
+  figure = Figure(figsize=(11, max(3.6, 0.8 + 0.19 * len(curves))), layout="constrained")
+  ax = figure.subplots()
+  for i, (run, points) in enumerate(curves.items()):
+    draw_points(ax, [p["tokens"] for p in points], points, COLOURS[i % len(COLOURS)], run)
+  tokens = [p["tokens"] for points in curves.values() for p in points]
+  if min(tokens) > 0 and max(tokens) > 30 * min(tokens):
+    plain_log(ax.xaxis)
+  rows = [p for points in curves.values() for p in points]
+  ax.set(xlabel="tokens of an attempt so far, mean", ylabel="mean score", ylim=span(rows))
+  ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+  return figure
+
+
+def calibration(judges: list[dict]) -> Figure:
+  """Of each judge drawn how often it gave which grade for people's, and its mean with interval."""
+  judges = judges[:MOST_DRAWN]
+  down = math.ceil(len(judges) / ACROSS)
+  figure = Figure(figsize=(11, 3.5 * down), layout="constrained")
+  places = figure.subplots(down, ACROSS, squeeze=False).flatten()
+  for ax in places[len(judges) :]:
+    ax.set_visible(False)
+  for i, (ax, judge) in enumerate(zip(places, judges, strict=False)):
+    colour = COLOURS[i % len(COLOURS)]
+    cells = [(h, j, n) for h, row in enumerate(judge["counts"]) for j, n in enumerate(row) if n]
+    most = max((n for *_, n in cells), default=1)
+    ax.plot([0, 7], [0, 7], color=GRID, lw=1, zorder=0)
+    sizes = [160 * n / most for *_, n in cells]
+    ax.scatter([c[0] for c in cells], [c[1] for c in cells], sizes, color=colour, alpha=0.3, lw=0)
+    curve = judge["curve"]
+    if curve:
+      draw_points(ax, [p["human"] for p in curve], curve, colour, judge["run"])
+    ax.set(title=short(judge["run"], 40), xlabel="people's grade", ylabel="judge's grade")
+    ax.set(xlim=(-0.5, 7.5), ylim=(-0.5, 7.5), xticks=range(8), yticks=range(8))
+  return figure
+
+
+def plain_log(axis: Axis) -> None:
+  """A logarithmic axis with plain numbers; matplotlib's own formatter writes mathematics."""
+  getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+  axis.set_major_formatter("{x:g}")
+  axis.set_minor_formatter(NullFormatter())
+
+
 def panels(by_name: dict[str, Curve]) -> list[dict]:
   """One picture for each group of metrics: reward/mean and reward/turn_2 share the panel reward."""
   groups: dict[str, list[str]] = {}
@@ -165,9 +240,7 @@ def panel(group: str, lines: dict[str, Curve]) -> dict:
     ax.plot(x, y, color=colour, lw=1.4, marker="o" if len(x) < 12 else None, ms=3, label=label)
   middles = [statistics.median(lines[n][1]) for n in shown]
   if min(min(lines[n][1]) for n in shown) > 0 and max(middles) > 30 * min(middles):
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter("{x:g}")  # its own writes powers as mathematics
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    plain_log(ax.yaxis)
   ax.set_xlabel("step")
   if len(set(lines[shown[0]][1])) == 1 == len(shown):
     ax.set_ylim(lines[shown[0]][1][0] - 1, lines[shown[0]][1][0] + 1)

@@ -1,0 +1,1 @@
+"""What report.py is made of: files of runs in, one page out."""
