@@ -402,7 +402,7 @@ def test_hosts_that_disagree_are_one_line_on_all(change, said, monkeypatch):
 OVERRIDES = [
   "--config.optimizer.warmup_steps=1", "--config.optimizer.lr=3e-3", "--config.log.every=1",
   "--config.checkpoint.every=2", "--config.checkpoint.keep=9", "--config.data.size=64",
-  "--config.batch.rows=8", "--config.batch.microbatch_rows=4", "--config.steps=8",
+  "--config.batch.rows=8", "--config.steps=8",
 ]  # fmt: skip
 ROLLOUTS = [
   "--config.rollout.problems=2", "--config.rollout.attempts=4", "--config.rollout.slots=16",
