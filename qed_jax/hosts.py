@@ -6,12 +6,14 @@ host that waits still sees SIGTERM and the failures of others. On one host every
 """
 
 import atexit
+import ctypes
 import glob
 import importlib.util
 import itertools
 import json
 import math
 import os
+import signal
 import socket
 import sys
 import threading
@@ -41,6 +43,7 @@ ARGUMENTS = {  # jax's names for the same
 AGAIN = "the newest checkpoint is whole: run the same command on every host to go on from it"
 
 _meetings = itertools.count()
+_on_abort: list = []
 
 
 class Lost(Exception):
@@ -167,12 +170,13 @@ def join(given: Mapping[str, Any], heartbeat_s: int) -> None:
     jax.distributed.initialize(
       **arguments,
       initialization_timeout=2 * JOIN_S,
-      heartbeat_timeout_seconds=2 * heartbeat_s,
+      heartbeat_timeout_seconds=heartbeat_s + 5,
     )
   except (RuntimeError, ValueError) as error:
     raise ValueError(f"the hosts did not come together: {_first_line(error)}; {ALL}") from None
   finally:
     late.cancel()
+  _say_so_on_abort()
   ended = threading.Event()
   watch = threading.Thread(
     target=_watch, args=(_client(), heartbeat_s, ended), name="other hosts", daemon=True
@@ -359,6 +363,20 @@ def _watch(client, heartbeat_s: int, ended: threading.Event) -> None:
       elif value != DONE and now - heard[key][1] > heartbeat_s:
         host = key.rsplit("/", 1)[1]
         _end_from_thread(f"host {host} of {count()} was not heard of for {heartbeat_s} s: {AGAIN}")
+
+
+def _say_so_on_abort() -> None:
+  """A line where jax ends the process itself: it does so as soon as host 0 is gone."""
+  line = (
+    f"host {index()} of {count()} was ended by jax (above; host 0 is gone, most likely): {AGAIN}"
+  )
+
+  @ctypes.CFUNCTYPE(None, ctypes.c_int)
+  def say(_):  # the C library's handler: Python's would not run before abort() ends the process
+    _end_from_thread(line)
+
+  _on_abort.append(say)  # C holds no reference
+  ctypes.CDLL(None).signal(signal.SIGABRT, say)
 
 
 def _end_from_thread(line: str) -> NoReturn:

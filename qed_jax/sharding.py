@@ -196,12 +196,11 @@ def rows_divisor(mesh: Mesh) -> int:
   return math.prod(mesh.shape[a] for a in ACTIVATIONS["B"])
 
 
-def put(mesh: Mesh, tree, letters: str, at_once: int = 0):
+def put(mesh: Mesh, tree, letters: str):
   """Host arrays -> global device arrays laid out by `letters`.
 
-  Each host passes rows of its own, the same number of them. at_once: rows of the whole that will be
-  computed together; each such part has as many rows of every host, in the order of hosts. A device
-  that needs rows of another host gets them from there.
+  Each host passes rows of its own, the same number of them; the whole is theirs in the order of
+  hosts. A device that needs rows of another host gets them from there.
   """
   devices = by_host(mesh.devices.flat)
   hosts = len(devices)
@@ -213,17 +212,25 @@ def put(mesh: Mesh, tree, letters: str, at_once: int = 0):
     layout = NamedSharding(mesh, spec(ACTIVATIONS, letters[: x.ndim], shape, mesh))
     if hosts == 1:
       return jax.make_array_from_process_local_data(layout, x, shape)
-    whole = jax.make_array_from_process_local_data(given, x, shape)
-    if 0 < at_once < shape[0] and shape[0] % at_once == at_once % hosts == 0:
-      whole = _mixed(whole, hosts, at_once // hosts, given)
-    return jax.device_put(whole, layout)
+    return jax.device_put(jax.make_array_from_process_local_data(given, x, shape), layout)
 
   return jax.tree.map(place, tree)
 
 
+def in_turns(mesh: Mesh, tree, at_once: int):
+  """What `put` gave, in an order in which each `at_once` rows in turn have as many of every host.
+
+  So that hosts work on a microbatch of their own rows, all at the same time. As it is where there
+  is one host, or numbers do not divide.
+  """
+  hosts, rows = len(by_host(mesh.devices.flat)), jax.tree.leaves(tree)[0].shape[0]
+  if hosts == 1 or not 0 < at_once < rows or rows % at_once or at_once % hosts:
+    return tree
+  return jax.tree.map(lambda x: _in_turns(x, hosts, at_once // hosts, x.sharding), tree)
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _mixed(x, hosts: int, each: int, layout: NamedSharding):
-  """Rows in the order of hosts -> in turns, `each` of every host."""
+def _in_turns(x, hosts: int, each: int, layout: NamedSharding):
   x = x.reshape(hosts, -1, each, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
   return jax.lax.with_sharding_constraint(x, layout)
 

@@ -119,9 +119,8 @@ def main(config, folder: str) -> None:
     batch, info, rollouts = produced
     dispatched = time.perf_counter()
     info["seconds/data"] = dispatched - began
-    on_device = add_reference(
-      sharding.put(mesh, balance(batch), "BT", config.batch.microbatch_rows)
-    )
+    placed = sharding.put(mesh, balance(batch), "BT")
+    on_device = add_reference(sharding.in_turns(mesh, placed, config.batch.microbatch_rows))
     with jax.set_mesh(mesh), jax.transfer_guard("disallow"):
       state, measured = update(state, on_device, frozen)
     log.add(Step(step, batch, info, rollouts, measured, dispatched))

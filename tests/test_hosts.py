@@ -16,6 +16,7 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -147,6 +148,13 @@ def test_engines_keep_within_a_host_whatever_the_training_mesh(tensor):
   rows = mesh.devices.reshape(-1, tensor)
   assert {len({d.process_index for d in row}) for row in rows} == {1}
   assert {d.id for d in mesh.devices.flat} == set(range(16))
+
+
+def test_microbatches_have_rows_of_every_host():
+  """Two rows at a time of three hosts' four: the rows of each keep their order."""
+  x = sharding.put(sharding.make_mesh(1, 1, 1, jax.devices()[:1]), np.arange(12), "B")
+  turned = sharding._in_turns(x, 3, 2, x.sharding)
+  assert turned.tolist() == [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]
 
 
 def test_devices_that_hosts_cannot_share_evenly_are_named():
