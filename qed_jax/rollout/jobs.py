@@ -166,7 +166,9 @@ def stream(config, model, mesh, tokenizer, examples, start, params_layout, root,
   summariser = None
   if config.job == "cache_rl" and config.cache.summariser:
     name, revision = config.cache.summariser, config.cache.summariser_revision
-    summariser = frozen_chat(name, revision, "config.cache.summariser", *here)
+    block = ConfigDict(config.rollout.to_dict())
+    block.slots, block.pages = config.cache.slots, config.cache.pages
+    summariser = frozen_chat(name, revision, "config.cache.summariser", block, *here)
   templates = {"reason": prompts.load(config.rollout.prompt)}
   if config.job == "cache_rl":
     templates["summarise"] = prompts.load(config.cache.summarise)
@@ -174,8 +176,9 @@ def stream(config, model, mesh, tokenizer, examples, start, params_layout, root,
     grade = grader(config.judge, root)
     judging.check(grade)
     return Experience(config, examples, engine, tokenizer, summariser, grade, templates, stopped)
-  name, revision = config.judge.engine, config.judge.engine_revision
-  own = None if name == "policy" else frozen_chat(name, revision, "config.judge.engine", *here)
+  name, revision, own = config.judge.engine, config.judge.engine_revision, None
+  if name != "policy":
+    own = frozen_chat(name, revision, "config.judge.engine", config.rollout, *here)
   made = Experience(config, examples, engine, tokenizer, summariser, None, templates, stopped)
   made.grade = grader(config.judge, root, own or made.chat)
   return made
@@ -197,9 +200,9 @@ def make_engine(model, mesh, block, tokenizer: tokenizers.Tokenizer) -> Engine:
   )
 
 
-def frozen_chat(name, revision, field, config, model, mesh, tokenizer, start, params_layout):
+def frozen_chat(name, revision, field, block, config, model, mesh, tokenizer, start, params_layout):
   """A chat on parameters that are never updated: another checkpoint, or ("init") where this run
-  began. name, revision: the values of `field` and of its revision."""
+  began. name, revision: the values of `field` and of its revision. block: of its engine."""
   if name == "init":
     frozen, sizes, words = start, model, tokenizer
   else:
@@ -210,8 +213,6 @@ def frozen_chat(name, revision, field, config, model, mesh, tokenizer, start, pa
       params_layout = policy.abstract_params(sizes, mesh_of_all, config.model.dtype)
     else:
       params_layout = policy.abstract_params(sizes, mesh, config.model.dtype)
-  block = ConfigDict(config.rollout.to_dict())
-  block.slots, block.pages = config.cache.slots, config.cache.pages
   engine = make_engine(sizes, mesh, block, words)
   params = policy.load_params(frozen, sizes, params_layout, config.seed)
   engine.set_params(weights.on_this_host(sizes, params), 0)
