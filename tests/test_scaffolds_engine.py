@@ -69,7 +69,7 @@ def solve_all(engine, configs, path, seeds=(0, 1)):
     journal = Journal(EngineChat(engine, Words(), seed=0).chat, path, "tiny")
     pairs = [(name, seed) for name in configs for seed in seeds]
     done = await asyncio.gather(*(one(journal, *pair) for pair in pairs))
-    journal.close()
+    await journal.close()
     return dict(zip(pairs, done, strict=True)), journal.paid
 
   return asyncio.run(main())
