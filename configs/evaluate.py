@@ -91,6 +91,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.data.update(source="lm-provers/matharena-gradingbench", problems=438)
     c.judge.style = "strict"
   if tiny:
+    if c.scaffold.name == "reasoning_cache":
+      c.scaffold.turns = 6  # twice those of training
     c.model.dtype = "float32"
     c.data.update(source="tiny_world", revision="", split="heldout", problems=512)
     c.samples_per_problem = 1

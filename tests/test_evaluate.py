@@ -668,3 +668,7 @@ def test_a_served_policy_pays_for_a_call_once(tmp_path, monkeypatch):
   assert {(r["tokens"], r["input_tokens"]) for r in written} == {(5, 7)}
   everything = "".join(p.read_text() for p in (tmp_path / "run").iterdir() if p.is_file())
   assert "sk-0123456789" not in everything
+
+
+def test_the_tiny_world_is_evaluated_for_twice_the_turns_of_training():
+  assert evaluate_config.get_config("tiny").scaffold.turns == 6
