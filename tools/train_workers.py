@@ -250,7 +250,7 @@ class Ours:
 
   def _experience(self):
     from qed_jax.records import Grade, Problem, Rollout
-    from qed_jax.rollout.assembly import assemble
+    from qed_jax.rollout.assembly import assemble, marks
     from qed_jax.rollout.engine import Request
 
     run = self.run_
@@ -266,7 +266,8 @@ class Ours:
       for (i, attempt), completion in zip(ids, completions, strict=True)
     ]
     groups = [rollouts[i : i + run.group] for i in range(0, len(rollouts), run.group)]
-    return assemble(self.configs["grpo"], groups, [], self.step)[0]
+    everyone = [marks(groups, self.step)]
+    return assemble(self.configs["grpo"], groups, [], self.step, everyone)[0]
 
   def _engine(self):
     from qed_jax.rollout.device import Shapes
